@@ -1,0 +1,61 @@
+"""Where and how a distillation computes: device, memory layout, and drawing z. Methods ask it and hold no fast-path code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy.config import bind
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The resolved choices of one run; they travel with its summary and checkpoints.
+
+    Args:
+        device: torch device string ("cpu", "cuda", "cuda:1").
+        channels_last: keep 4-D weights and images channels-last (NHWC), the layout that convolutions prefer.
+        threads: intra-op CPU threads; 0 leaves torch's choice.
+    """
+
+    device: str = "cpu"
+    channels_last: bool = True
+    threads: int = 0
+
+    @classmethod
+    def auto(cls, device: str = "auto", **choices: Any) -> Runtime:
+        """Resolve ``device="auto"`` to the first CUDA device, or the CPU; the thread count is recorded as it is."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(device=device, **{"threads": torch.get_num_threads(), **choices})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Runtime:
+        """The inverse of `to_dict`."""
+        return bind(cls, values, "runtime")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for summaries and checkpoints."""
+        return asdict(self)
+
+    def place(self, module: M) -> M:
+        """Move a module to the device, in the layout of this runtime, in place."""
+        if self.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.to(self.device)
+
+    def images(self, batch: Tensor) -> Tensor:
+        """Move a batch of images ``[B, channels, H, W]`` to the device, in the layout of this runtime."""
+        if self.channels_last:
+            return batch.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        return batch.to(self.device, non_blocking=True)
+
+    def normal(self, *shape: int, rng: torch.Generator) -> Tensor:
+        """Standard normal numbers on the device, drawn from ``rng`` (a CPU generator: the same z on every device)."""
+        return torch.randn(shape, generator=rng).to(self.device, non_blocking=True)
