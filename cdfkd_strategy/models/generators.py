@@ -1,0 +1,158 @@
+"""Generators: z in, normalised images out. The two families of the paper, for 8 to 32 px and for 64 px and above."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.models.modes import modes_kept
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.types import ImageSpec
+
+LARGE_FROM = 64
+"""Images of at least this many pixels per side (the larger side) take the transposed-convolution family."""
+
+FINAL_NORM_ABOVE = 128
+"""In the large family the paper standardises the output at 224 px, and does not at 128 px."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The generator's size.
+
+    Args:
+        latent_dim: ``Z``.
+        width: multiplies every hidden width; 1.0 is the paper's generator.
+        final_norm: standardise the images over the batch after the tanh (BatchNorm without affine parameters); None
+            does as the paper: yes at 32 px and 224 px, no at 128 px.
+
+    Raises:
+        ConfigError: a value is outside what is accepted.
+    """
+
+    latent_dim: int = 256
+    width: float = 1.0
+    final_norm: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent_dim < 1:
+            raise ConfigError(f"generator latent_dim is {self.latent_dim}; accepted: at least 1")
+        if not 0 < self.width < float("inf"):
+            raise ConfigError(f"generator width is {self.width}; accepted: a positive number")
+
+    def channels(self, paper: int) -> int:
+        """The paper's number of channels, scaled by ``width``; at least 1."""
+        return max(1, round(paper * self.width))
+
+
+class Generator(nn.Module):
+    """``z [B, Z]`` -> normalised images ``[B, channels, H, W]``: a linear layer to a small map, and a body that enlarges it.
+
+    Sample it in train mode: the paper does, and with a final BatchNorm the images are standardised over their batch.
+
+    Args:
+        latent_dim: ``Z``.
+        start: ``(channels, H, W)`` of the first map.
+        body: from the first map to images.
+    """
+
+    def __init__(self, latent_dim: int, start: tuple[int, int, int], body: nn.Module) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.start = start
+        self.project = nn.Linear(latent_dim, start[0] * start[1] * start[2])
+        self.body = body
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``z [B, Z]`` to normalised images ``[B, channels, H, W]``."""
+        images: Tensor = self.body(self.project(z).view(-1, *self.start))
+        return images
+
+
+def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> Generator:
+    """The generator of CDFKD-MFS (IEEE TMM 2022, as in the authors' code) for this image size.
+
+    Weights are drawn from torch's global random state.
+
+    Args:
+        image: the larger side chooses the family (below or from `LARGE_FROM` pixels).
+        config: sizes; None is the paper's.
+
+    Raises:
+        ArchitectureError: a side is not a multiple of 4 (below 64 px) or 16 (from 64 px).
+    """
+    config = config or GeneratorConfig()
+    side = max(image.height, image.width)
+    large = side >= LARGE_FROM
+    factor = 16 if large else 4
+    if image.height % factor or image.width % factor:
+        raise ArchitectureError(
+            f"no generator for {image.height}x{image.width} px; accepted: both sides multiples of {factor} "
+            f"(4 below {LARGE_FROM} px, 16 from there on); resize the images (data.image_size)"
+        )
+    final_norm = config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)
+    tail: list[nn.Module] = [nn.Tanh()]
+    if final_norm:
+        tail.append(nn.BatchNorm2d(image.channels, affine=False))
+    first, layers = (_large_body if large else _small_body)(image.channels, config)
+    start = (first, image.height // factor, image.width // factor)
+    return Generator(config.latent_dim, start, nn.Sequential(*layers, *tail))
+
+
+def _small_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Module]]:
+    wide, narrow = config.channels(128), config.channels(64)
+    # eps=0.8 is the authors' (it was meant as a momentum); it damps the normalisation and changes the images: kept for parity.
+    return wide, [
+        nn.BatchNorm2d(wide),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(wide, wide, 3, padding=1),
+        nn.BatchNorm2d(wide, eps=0.8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(wide, narrow, 3, padding=1),
+        nn.BatchNorm2d(narrow, eps=0.8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(narrow, channels, 3, padding=1),
+    ]
+
+
+def _large_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Module]]:
+    widths = [config.channels(paper) for paper in (512, 256, 128, 64, 64)]
+    layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
+    for narrow, wide in zip(widths[1:], widths, strict=False):
+        layers += [
+            nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(narrow),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+    return widths[0], [*layers, nn.Conv2d(widths[-1], channels, 3, padding=1)]
+
+
+def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtime: Runtime) -> Tensor:
+    """Draw images as the methods do (train mode), and leave the generator exactly as it was found.
+
+    Modes, BatchNorm statistics and gradients are untouched: looking at a run must not change it.
+
+    Args:
+        generator: has a ``latent_dim``; on the runtime's device.
+        count: images, at least 1.
+        rng: a CPU generator; z is drawn from it.
+        runtime: says where z goes.
+
+    Returns:
+        Normalised images ``[count, channels, H, W]``, without a graph.
+    """
+    before = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
+    z = runtime.normal(count, int(generator.latent_dim), rng=rng)  # type: ignore[arg-type]
+    try:
+        with torch.no_grad(), modes_kept(generator):
+            generator.train()
+            images: Tensor = generator(z)
+            return images
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
