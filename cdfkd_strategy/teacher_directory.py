@@ -1,0 +1,160 @@
+"""A directory of trained teachers: ``teachers.json`` and one safetensors file each. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy.checkpoint import load_tensors, save_tensors, write_json
+from cdfkd_strategy.config import bind, to_dict
+from cdfkd_strategy.errors import CheckpointError, ConfigError
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.teachers import TeacherSpec, state_hash
+from cdfkd_strategy.types import ImageSpec
+
+INDEX = "teachers.json"
+FORMAT = 1
+
+_SPEC_KEYS = {"key", "arch", "file", "sha256", "num_samples"}
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSet:
+    """K teachers and where they come from.
+
+    Args:
+        specs: K descriptions; the key is the client's partition id as text.
+        models: K networks.
+        image: what they take.
+        seed: of the run that trained them.
+        config: the resolved configuration of that run, as plain values.
+        oracle_label_counts: ``[K][C]``, what each client trained on; for the evaluation harness only, never for a method.
+    """
+
+    specs: tuple[TeacherSpec, ...]
+    models: list[nn.Module]
+    image: ImageSpec
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    oracle_label_counts: list[list[int]] | None = None
+
+
+def save_teachers(directory: Path, teachers: TeacherSet) -> TeacherSet:
+    """Write a teacher directory; the index comes last, so that a directory with an index is whole.
+
+    Args:
+        directory: created if it is not there.
+        teachers: the hashes in its specs are computed anew.
+
+    Returns:
+        The same set with the hashes that were written.
+
+    Raises:
+        CheckpointError: specs, models and counts do not belong together.
+    """
+    _check(teachers)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / INDEX).unlink(missing_ok=True)
+    specs, entries = [], []
+    for k, (spec, model) in enumerate(zip(teachers.specs, teachers.models, strict=True)):
+        state = model.state_dict()
+        spec = replace(spec, sha256=state_hash(state))  # noqa: PLW2901 - the same spec, completed
+        save_tensors(directory / f"teacher-{k}.safetensors", state)
+        specs.append(spec)
+        entries.append({**to_dict(spec), "file": f"teacher-{k}.safetensors"})
+    index = {
+        "format": FORMAT,
+        "image": to_dict(teachers.image),
+        "seed": teachers.seed,
+        "teachers": entries,
+        "oracle": {"label_counts": teachers.oracle_label_counts},
+        "config": to_dict(teachers.config),
+    }
+    write_json(directory / INDEX, index)
+    return replace(teachers, specs=tuple(specs))
+
+
+def _check(teachers: TeacherSet) -> None:
+    keys = [spec.key for spec in teachers.specs]
+    if not keys or len(keys) != len(teachers.models) or len(set(keys)) != len(keys):
+        raise CheckpointError(f"{len(teachers.models)} teachers with the keys {', '.join(keys) or 'none'}; accepted: at least one, each with its own key")
+    counts = teachers.oracle_label_counts
+    if counts is not None and (len(counts) != len(keys) or any(len(row) != teachers.image.num_classes for row in counts)):
+        raise CheckpointError(f"oracle label counts do not fit; accepted: [K, C] = [{len(keys)}, {teachers.image.num_classes}]")
+
+
+def load_teachers(directory: Path) -> TeacherSet:
+    """Read a teacher directory; every file's hash, keys, shapes and types are checked.
+
+    Raises:
+        CheckpointError: the directory is missing, broken, or was changed.
+    """
+    index = _read_index(directory)
+    try:
+        image = bind(ImageSpec, index["image"], "image")
+        counts = index["oracle"]["label_counts"]
+        teachers = TeacherSet(
+            specs=tuple(bind(TeacherSpec, {key: entry[key] for key in _SPEC_KEYS - {"file"}}, "teachers") for entry in index["teachers"]),
+            models=[_load(directory, entry, image) for entry in index["teachers"]],
+            image=image,
+            seed=int(index["seed"]),
+            config=dict(index["config"]),
+            oracle_label_counts=None if counts is None else [[int(count) for count in row] for row in counts],
+        )
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{directory / INDEX} is not what this version writes: {what}; make the directory anew with `cdfkd teachers`") from error
+    _check(teachers)
+    return teachers
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} holds no {INDEX}, so it is no (finished) teacher directory; make one with `cdfkd teachers`") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; make the directory anew with `cdfkd teachers`") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has another format; accepted: {FORMAT}; make the directory anew with `cdfkd teachers`")
+    return index
+
+
+def _load(directory: Path, entry: Mapping[str, Any], image: ImageSpec) -> nn.Module:
+    """One teacher, in eval mode."""
+    name = str(entry["file"])
+    if Path(name).name != name:
+        raise CheckpointError(f"teacher file {name!r}; accepted: a file name inside {directory}")
+    path = directory / name
+    state = load_tensors(path)
+    with seeded_scope("teacher-directory"):
+        model = build_classifier(entry["arch"], image)
+    _compare(path, entry["arch"], state, model.state_dict())
+    found = state_hash(state)
+    if found != entry["sha256"]:
+        raise CheckpointError(
+            f"{path} was changed: its weights have the SHA-256 {found[:12]}..., {INDEX} says {str(entry['sha256'])[:12]}...; restore the file or train anew"
+        )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _compare(path: Path, arch: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Same names, shapes and dtypes as the architecture, and only finite numbers."""
+    if set(state) != set(expected):
+        other = sorted(set(state) ^ set(expected))
+        raise CheckpointError(f"{path} does not hold a {arch!r}: missing or unknown tensors {', '.join(other[:5])}{', ...' if len(other) > 5 else ''}")
+    for name, tensor in state.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; accepted for {arch!r}: {like.dtype} {list(like.shape)}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite")

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import inspect
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from cdfkd_strategy.data.datasets import DATASETS, DataConfig, load_data
+from cdfkd_strategy.data.torchvision_sets import TORCHVISION_SETS
+from cdfkd_strategy.errors import ConfigError, DataError, MissingExtraError
+
+RNG = np.random.default_rng(0)
+
+
+def write_idx(root: Path, train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
+    """MNIST's own file format, as torchvision unpacks it after its download."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    labels = {}
+    for prefix, images in (("train", train), ("t10k", test)):
+        labels[prefix] = np.arange(len(images), dtype=np.uint8) % 10
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *images.shape) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, len(images)) + labels[prefix].tobytes())
+    return labels
+
+
+def test_mnist_through_torchvision_without_a_network(tmp_path: Path) -> None:
+    train, test = (RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8) for count in (40, 20))
+    labels = write_idx(tmp_path, train, test)
+    data = load_data(DataConfig(name="mnist", path=str(tmp_path)), seed=0)
+    assert np.array_equal(data.x_train.numpy()[:, 0], train)
+    assert np.array_equal(data.x_test.numpy()[:, 0], test)
+    assert np.array_equal(data.y_train.numpy(), labels["train"])
+    assert data.class_names[3] == "3 - three"
+    assert (data.image.mean, data.image.std) == ((0.1307,), (0.3081,))
+    for file in (tmp_path / "MNIST" / "raw").iterdir():  # what is in the cache needs the originals no more
+        file.unlink()
+    assert len(load_data(DataConfig(name="mnist", path=str(tmp_path)), seed=0).x_train) == 40
+
+
+class Objects:
+    """A set of pictures of many sizes and without an official split, like torchvision's Caltech101."""
+
+    categories = ("ant", "bass", "camera")
+
+    def __init__(self, root: str, download: bool) -> None:
+        assert download
+        self.labels = [0] * 10 + [1] * 20 + [2] * 5
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("L" if index % 2 else "RGB", (20 + index, 30), 50 * self.labels[index] if index % 2 else (50 * self.labels[index],) * 3), self.labels[
+            index
+        ]
+
+
+def test_sets_without_an_official_split_are_split_per_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.datasets, "Caltech101", Objects)
+    config = DataConfig(name="caltech101", path=str(tmp_path), image_size=16)
+    data = load_data(config, seed=0)
+    assert data.image.shape == (3, 16, 16)
+    assert data.image.mean == (0.5, 0.5, 0.5)
+    assert data.class_names == Objects.categories
+    assert Counter(data.y_test.tolist()) == {0: 2, 1: 4, 2: 1}
+    assert Counter(data.y_train.tolist()) == {0: 8, 1: 16, 2: 4}
+    assert np.array_equal(data.x_train.numpy()[:, 0, 0, 0], 50 * data.y_train.numpy())
+    assert np.array_equal(load_data(config, seed=1).y_train.numpy(), data.y_train.numpy())
+    with pytest.raises(ConfigError, match=r"data\.image_size"):
+        load_data(DataConfig(name="caltech101", path=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"), [(RuntimeError("no network"), DataError, r"no network; .*cifar10\.npz"), (ImportError("scipy"), MissingExtraError, "scipy")]
+)
+def test_a_set_that_cannot_be_had_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception], message: str
+) -> None:
+    def unavailable(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", unavailable)
+    with pytest.raises(raised, match=message):
+        load_data(DataConfig(name="cifar10", path=str(tmp_path)), seed=0)
+
+
+def test_a_download_folder_that_cannot_be_made_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"torchvision could not open or download 'cifar10'"):
+        load_data(DataConfig(name="cifar10", path=str(tmp_path / "file" / "below")), seed=0)
+
+
+def test_a_file_of_the_same_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = RNG.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", x_train=pixels, y_train=np.arange(20) % 10, x_test=pixels[:10], y_test=np.arange(10))
+    by_path = load_data(DataConfig(name="cifar10", path=str(tmp_path)), seed=0)
+    monkeypatch.setenv("CDFKD_DATA", str(tmp_path))
+    by_environment = load_data(DataConfig(name="cifar10"), seed=0)
+    for data in (by_path, by_environment):
+        assert np.array_equal(data.x_train.numpy().transpose(0, 2, 3, 1), pixels)
+        assert data.image.mean == (0.4914, 0.4822, 0.4465)
+
+
+@pytest.mark.parametrize("name", list(TORCHVISION_SETS))
+def test_every_entry_fits_torchvision(name: str) -> None:
+    source = TORCHVISION_SETS[name]
+    signature = inspect.signature(getattr(torchvision.datasets, source.cls))
+    for arguments in (*source.train, source.test or {}):
+        signature.bind(root="x", download=True, **arguments)
+    assert name in DATASETS
