@@ -1,0 +1,79 @@
+"""The collapse watch: an adversarial game can fail silently, so every epoch a small synthetic batch is looked at."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.distiller import Distiller
+from cdfkd_strategy.losses.statistics import batch_norm_loss
+from cdfkd_strategy.models.head_fusion import fuse
+from cdfkd_strategy.types import Metrics
+
+logger = logging.getLogger(__name__)
+
+MIN_ENTROPY = 0.5
+"""Class entropy of the synthetic batch, as a fraction of ln C, below which the generator has lost classes."""
+MAX_GROWTH = 4.0
+"""Student-teacher L1 over its smallest value so far, above which the generator outruns the student."""
+
+
+class CollapseWatch:
+    """Looks at a method's synthetic images after every epoch and warns, once per kind, saying what to change.
+
+    The images come from a generator of their own and leave the method's state untouched. No test data is used.
+
+    Args:
+        distiller: the running method.
+        count: images per look; 0 turns the watch off.
+        seed: of the looks.
+    """
+
+    def __init__(self, distiller: Distiller, count: int, seed: int) -> None:
+        self._distiller, self._count, self._seed = distiller, count, seed
+        self._smallest = math.inf
+        self._warned: set[str] = set()
+
+    @torch.no_grad()
+    def look(self, epoch: int) -> Metrics:
+        """``watch/student_teacher_l1`` (L1 distance of fused probabilities, 0 to 2), ``watch/class_entropy`` (nats), ``watch/bn``."""
+        distiller = self._distiller
+        if self._count < 2:
+            return {}
+        images = distiller.sample(self._count, seeding.generator("watch", self._seed, epoch))
+        if images is None:
+            return {}
+        was_training = distiller.student.training
+        distiller.student.eval()
+        teachers = distiller.teachers.observe(images)
+        student = distiller.student(images).logits
+        distiller.student.train(was_training)
+        weights = distiller.teachers.weights
+        target = fuse(teachers.logits, weights)
+        mine = fuse(student, weights if len(student) == len(weights) else torch.ones(len(student)))
+        classes = target.exp().mean(0)
+        found = {
+            "watch/student_teacher_l1": float((mine.exp() - target.exp()).abs().sum(-1).mean()),
+            "watch/class_entropy": float(torch.special.entr(classes).sum()),
+        }
+        if any(distances is not None for distances in teachers.bn):
+            found["watch/bn"] = float(batch_norm_loss(teachers.bn, 1.0))
+        self._warn(epoch, found["watch/student_teacher_l1"], found["watch/class_entropy"], math.log(classes.numel()))
+        return found
+
+    def _warn(self, epoch: int, distance: float, entropy: float, most: float) -> None:
+        if entropy < MIN_ENTROPY * most:
+            message = "epoch %d: the synthetic batch covers few classes (entropy %.2f of at most %.2f nats): raise the class-balance weight or lower method.generator_lr"
+            self._once("entropy", message, epoch + 1, entropy, most)
+        if epoch > 0 and distance > MAX_GROWTH * max(self._smallest, 0.05):
+            message = "epoch %d: the student falls behind the generator (distance %.2f, was %.2f): lower method.generator_lr, or raise method.student_steps"
+            self._once("distance", message, epoch + 1, distance, self._smallest)
+        self._smallest = min(self._smallest, distance)
+
+    def _once(self, kind: str, message: str, *values: float) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message, *values)

@@ -1,0 +1,108 @@
+"""Which teacher knows which class? Estimates of ``[K, C]`` weights from the teachers' own weights, without label counts.
+
+Under label skew a uniform ensemble is the bottleneck (methods that ask clients for their counts ``n_kc`` know that;
+asking is a disclosure). Two traces of the label distribution are already in the uploaded weights:
+
+- ``norm_features``: features drawn from the affine parameters of the last normalisation layer, a Gaussian with mean
+  ``beta`` and standard deviation ``|gamma|``, through ReLU and the last linear layer; the mean softmax is close to the
+  class frequencies the teacher was trained on.
+- ``row_norm``: the classifier rows of classes that a teacher has seen more often are longer: ``||W_c||^4``.
+
+``auto`` multiplies the two, because their errors differ: a class that was never seen must look absent in both. The
+weights are the scores divided by their sum over the teachers. Everything here is a reconstruction of this project;
+`simulations/README.md` has the measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy.errors import NeedsError
+from cdfkd_strategy.models.classifiers import final_linear
+from cdfkd_strategy.models.head_fusion import class_weights
+from cdfkd_strategy.registry import Registry
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec
+
+Score = Callable[[nn.Module, torch.Generator], Tensor | None]
+"""One teacher to its class scores ``[C]``, or None if the teacher lacks what the estimate needs."""
+
+COMPETENCE: Registry[Score] = Registry("competence estimate")
+
+SAMPLES = 4096
+"""Feature vectors drawn per teacher by ``norm_features``."""
+
+
+@COMPETENCE.register("norm_features")
+@torch.no_grad()
+def norm_feature_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:
+    """Mean softmax of features drawn from the last affine BatchNorm or GroupNorm layer as wide as the classifier's input."""
+    linear = final_linear(net)
+    norms = [m for m in net.modules() if linear is not None and _width(m) == linear.in_features]
+    if linear is None or not norms:
+        return None
+    gamma, beta = norms[-1].weight, norms[-1].bias
+    assert isinstance(gamma, Tensor)
+    noise = torch.randn(SAMPLES, linear.in_features, generator=rng).to(gamma.device)
+    return linear(torch.relu(beta + noise * gamma.abs())).softmax(-1).mean(0).cpu()
+
+
+def _width(module: nn.Module) -> int | None:
+    """Channels of an affine normalisation layer, or None for anything else."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+        return module.num_features
+    if isinstance(module, nn.GroupNorm) and module.affine:
+        return module.num_channels
+    return None
+
+
+@COMPETENCE.register("row_norm")
+@torch.no_grad()
+def row_norm_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
+    """``||W_c||^4`` of the last linear layer."""
+    linear = final_linear(net)
+    return None if linear is None else torch.linalg.vector_norm(linear.weight.float().cpu(), dim=1) ** 4
+
+
+@COMPETENCE.register("uniform")
+def uniform_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
+    """Every class the same; works for every teacher."""
+    return torch.ones(())
+
+
+@COMPETENCE.register("auto")
+def auto_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:
+    """``norm_features`` times ``row_norm``; ``row_norm`` alone where no normalisation layer fits."""
+    rows, features = row_norm_score(net, rng), norm_feature_score(net, rng)
+    return rows if rows is None or features is None else rows * features
+
+
+def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, name: str = "auto") -> Tensor:
+    """Class weights of the teachers, from their weights alone.
+
+    Args:
+        teachers: the ensemble; its own ``weights`` are ignored.
+        image: gives ``C``.
+        rng: randomness of sampling estimates (a CPU generator).
+        name: a name in `COMPETENCE`.
+
+    Returns:
+        ``[K, C]``, columns sum to 1.
+
+    Raises:
+        UnknownNameError: no such estimate.
+        NeedsError: a teacher lacks what the estimate needs.
+    """
+    score_of = COMPETENCE[name]
+    scores = [score_of(net, rng) for net in teachers.nets]
+    lacking = [spec.key for spec, score in zip(teachers.specs, scores, strict=True) if score is None]
+    if lacking:
+        raise NeedsError(
+            f"competence estimate {name!r} does not work for teachers {', '.join(lacking)}; "
+            "use weights 'uniform', or networks that end in a linear layer"
+        )
+    table = torch.stack([score.expand(image.num_classes) for score in scores if score is not None])
+    return class_weights(table.clamp_min(torch.finfo(table.dtype).tiny), len(teachers), image.num_classes)

@@ -1,0 +1,247 @@
+"""``distill()``: runs a method's epochs with resume, evaluation, logging, progress and a watch for collapse. Works without Flower."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.checkpoint import has_state, load_state, save_state, save_tensors, write_text
+from cdfkd_strategy.collapse import CollapseWatch
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.distiller import Distiller
+from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
+from cdfkd_strategy.methods import get_method
+from cdfkd_strategy.progress import Progress
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
+from cdfkd_strategy.types import ImageSpec
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a distillation is run; none of it changes the mathematics of an epoch.
+
+    Args:
+        device: "auto" (the first CUDA device, else the CPU) or a torch device string.
+        threads: intra-op CPU threads; 0 leaves torch's choice. Bits depend on it, so it is recorded.
+        channels_last: memory layout of images and weights.
+        max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so.
+        checkpoint_every: epochs between checkpoints (the last epoch always has one).
+        evaluate_every: epochs between calls of ``evaluate`` (the last epoch always has one); 0 is only the last.
+        watch_images: synthetic images of the collapse watch, once per epoch; 0 turns it off.
+        progress: show a progress bar when standard error is a terminal.
+    """
+
+    device: str = "auto"
+    threads: int = 0
+    channels_last: bool = True
+    max_seconds: float | None = None
+    checkpoint_every: int = 1
+    evaluate_every: int = 0
+    watch_images: int = 64
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ConfigError(f"engine.checkpoint_every is {self.checkpoint_every}; accepted: at least 1")
+        if self.device != "auto":
+            try:
+                device = torch.device(self.device)
+            except RuntimeError as error:
+                raise ConfigError(f"engine.device is {self.device!r}; accepted: auto, cpu, cuda, cuda:<n>") from error
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise ConfigError(f"engine.device is {self.device!r}, but torch sees no CUDA device; use auto or cpu")
+
+    def runtime(self) -> Runtime:
+        """The resolved choices for this machine."""
+        return Runtime.auto(self.device, channels_last=self.channels_last, **({"threads": self.threads} if self.threads else {}))
+
+
+class DistillResult(NamedTuple):
+    """What a distillation gives.
+
+    ``history`` has one mapping per epoch: ``epoch``, ``seconds``, the method's terms, ``watch/...`` and what
+    ``evaluate`` returned. Its length is the number of epochs, so it is bounded by the schedule.
+    """
+
+    student: nn.Module
+    generator: nn.Module | None
+    history: list[dict[str, float]]
+    epochs_done: int
+    stopped_by: Literal["schedule", "max_seconds"]
+    runtime: Runtime
+
+
+@dataclass
+class _Run:
+    """What `distill` keeps while it runs."""
+
+    distiller: Distiller
+    identity: dict[str, Any]
+    directory: Path | None
+    runtime: Runtime
+    seed: int
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self) -> None:
+        if self.directory is not None:
+            state = {"identity": self.identity, "runtime": self.runtime.to_dict(), "history": self.history, "distiller": self.distiller.state_dict()}
+            save_state(self.directory / "checkpoint", state)
+
+    def write_losses(self) -> None:
+        if self.directory is not None:
+            write_text(self.directory / "losses.csv", losses_csv(self.history))
+
+
+def distill(
+    teachers: TeacherEnsemble,
+    student: nn.Module,
+    method: str | type[Distiller],
+    *,
+    config: Any = None,
+    image: ImageSpec | None = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    evaluate: Evaluate | None = None,
+    engine: EngineConfig | None = None,
+    resume: bool = False,
+    runtime: Runtime | None = None,
+) -> DistillResult:
+    """Distil the teachers into the student, in place, with no data.
+
+    Args:
+        teachers: the frozen ensemble.
+        student: gives `StudentOutputs`; trained in place and returned.
+        method: a registered name, or a `Distiller` class.
+        config: the method's ``Config``; None is its defaults.
+        image: what the networks take; None is the teachers' own.
+        seed: of everything random in the run.
+        out: directory for ``losses.csv``, ``generator.safetensors`` and ``checkpoint/``; None keeps nothing.
+        evaluate: called with the student (in eval mode) at epoch boundaries; what it returns is added to the history.
+        engine: how to run; None is the defaults.
+        resume: continue from ``out/checkpoint`` if there is one.
+        runtime: resolved choices to reuse; None takes the checkpoint's when resuming, else measures ``engine``'s.
+
+    Returns:
+        `DistillResult`; the student is on the runtime's device, in eval mode.
+
+    Raises:
+        NeedsError: the teachers lack what the method needs; raised before any training.
+        CheckpointError: ``resume`` with a checkpoint of another configuration, seed or other teachers.
+        CDFKDError: a loss term is not finite.
+    """
+    engine = engine or EngineConfig()
+    image = image or teachers.image
+    cls = get_method(method) if isinstance(method, str) else method
+    config = cls.Config() if config is None else config
+    directory = None if out is None else Path(out)
+    saved = load_state(directory / "checkpoint") if resume and directory is not None and has_state(directory / "checkpoint") else None
+    identity = _identity(cls, config, image, seed, teachers, student)
+    if saved is not None:
+        _check_identity(saved["identity"], identity)
+    if runtime is None:
+        runtime = Runtime.from_dict(saved["runtime"]) if saved is not None else engine.runtime()
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    with seeding.threads(runtime.threads or torch.get_num_threads()):
+        teachers, student = runtime.place(teachers), runtime.place(student)
+        with seeding.seeded_scope("distiller", seed):
+            distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime)
+        run = _Run(distiller, identity, directory, runtime, seed)
+        if saved is not None:
+            distiller.load_state_dict(saved["distiller"])
+            run.history = saved["history"]
+            logger.info("continuing after epoch %d of %d", len(run.history), distiller.num_epochs)
+        stopped_by = _epochs(run, engine, evaluate)
+    student.eval()
+    if directory is not None and distiller.generator is not None:
+        save_tensors(directory / "generator.safetensors", distiller.generator.state_dict())
+    return DistillResult(student, distiller.generator, run.history, len(run.history), stopped_by, runtime)
+
+
+def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Literal["schedule", "max_seconds"]:
+    """The epoch loop, from the first epoch that is not in the history."""
+    distiller, total = run.distiller, run.distiller.num_epochs
+    watch = CollapseWatch(distiller, engine.watch_images, run.seed)
+    with Progress(distiller.name, total, len(run.history), enabled=engine.progress) as progress:
+        while (epoch := len(run.history)) < total:
+            started = time.perf_counter()
+            with seeding.seeded_scope("epoch", run.seed, epoch):
+                terms = dict(distiller.run_epoch(epoch))
+            _check_finite(terms, epoch, distiller.name)
+            seconds = time.perf_counter() - started
+            terms.update(watch.look(epoch))
+            last = epoch + 1 == total
+            spent = sum(row["seconds"] for row in run.history) + seconds
+            out_of_time = engine.max_seconds is not None and spent >= engine.max_seconds and not last
+            if evaluate is not None and (last or out_of_time or (engine.evaluate_every and (epoch + 1) % engine.evaluate_every == 0)):
+                distiller.student.eval()
+                with seeding.seeded_scope("evaluate", run.seed, epoch), torch.no_grad():
+                    terms.update(evaluate(distiller.student))
+            run.history.append({"epoch": epoch, "seconds": seconds, **terms})
+            run.write_losses()
+            if last or out_of_time or (epoch + 1) % engine.checkpoint_every == 0:
+                run.save()
+            progress.advance(terms)
+            if out_of_time:
+                logger.warning("stopped after epoch %d of %d: %.0f s are over engine.max_seconds=%.0f", epoch + 1, total, spent, engine.max_seconds)
+                return "max_seconds"
+    return "schedule"
+
+
+def _identity(cls: type[Distiller], config: Any, image: ImageSpec, seed: int, teachers: TeacherEnsemble, student: nn.Module) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued."""
+    return {
+        "method": cls.name,
+        "config": to_dict(config),
+        "image": to_dict(image),
+        "seed": seed,
+        "teachers": [state_hash(net.state_dict()) for net in teachers.nets],
+        "weights": state_hash({"weights": teachers.weights}),
+        "student": state_hash({name: torch.zeros(tensor.shape) for name, tensor in student.state_dict().items()}),
+    }
+
+
+def _check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    # JSON has no tuples: compare the round-tripped form
+    different = [name for name in mine if to_dict(saved.get(name)) != to_dict(mine[name])]
+    if different:
+        first = different[0]
+        raise CheckpointError(
+            f"the checkpoint was written with another {', '.join(different)} ({first}: {saved.get(first)!r} there, {mine[first]!r} here); "
+            "continue with the same configuration and teachers, or start a new run directory"
+        )
+
+
+def _check_finite(terms: Mapping[str, float], epoch: int, name: str) -> None:
+    broken = [key for key, value in terms.items() if not math.isfinite(value)]
+    if broken:
+        raise CDFKDError(
+            f"{name}: {', '.join(broken)} became NaN or infinite in epoch {epoch + 1}; lower the learning rates "
+            "(method.student_lr, method.generator_lr) and check the teachers; the last checkpoint is intact"
+        )
+
+
+def losses_csv(history: list[dict[str, float]]) -> str:
+    """The history as CSV: a column per term, in order of first appearance; empty where an epoch does not have it."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: value if isinstance(value, int) else f"{value:.6g}" for key, value in row.items()} for row in history)
+    return text.getvalue()

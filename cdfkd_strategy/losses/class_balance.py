@@ -1,0 +1,28 @@
+"""Should a synthetic batch look certain one by one, and balanced as a whole? (DAFL, arXiv:1904.01186)"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def one_hot_cross_entropy(logits: Tensor) -> Tensor:
+    """Cross entropy of logits ``[..., C]`` with their own argmax, in nats: small when every prediction is certain."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, flat.argmax(-1))
+
+
+def negative_class_entropy(logits: Tensor) -> Tensor:
+    """``sum_c pbar_c ln pbar_c`` of the batch-mean probabilities, in nats: ``-ln C`` when the batch is perfectly balanced.
+
+    Args:
+        logits: logits or log-probabilities ``[B, C]`` or ``[K, B, C]``; with K, the mean over the K entropies.
+
+    The mean is taken in log space, so that a class which never occurs gives 0 and not NaN.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    log_mean = log_probabilities.logsumexp(dim=-2) - math.log(logits.shape[-2])
+    return (log_mean.exp() * log_mean).sum(-1).mean()
+

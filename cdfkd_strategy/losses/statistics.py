@@ -1,0 +1,44 @@
+"""Distance of a batch from the statistics a BatchNorm layer remembers of its training data (DeepInversion, arXiv:1912.08795)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy.errors import NeedsError
+
+
+def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """``||mean_batch - running_mean||_2 + ||var_batch - running_var||_2`` of one layer, a scalar; half precision is raised to float32.
+
+    Plain L2 norms over channels (neither squared nor divided by their number), biased variance, as in the published
+    code of every generator method here (and in the paper's eq. 4).
+
+    Args:
+        norm: a BatchNorm2d with running statistics.
+        inputs: its input ``[B, channels, H, W]``.
+    """
+    values = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return torch.linalg.vector_norm(mean - norm.running_mean) + torch.linalg.vector_norm(variance - norm.running_var)
+
+
+def batch_norm_loss(bn: Sequence[Tensor | None], first_layer_weight: float = 5.0) -> Tensor:
+    """``(1/K) sum_k sum_l rho_l R_kl`` with ``rho_1 = first_layer_weight`` and 1 for all other layers.
+
+    Args:
+        bn: per teacher the layer distances ``[L_k]`` (`TeacherOutputs.bn`), or None for a teacher without BatchNorm.
+            Those teachers are left out, and the mean is over the others.
+        first_layer_weight: 5 in CDFKD-MFS; 1 or 10 in variants of DeepInversion.
+
+    Raises:
+        NeedsError: no teacher has BatchNorm.
+    """
+    terms = [distances.sum() + (first_layer_weight - 1.0) * distances[0] for distances in bn if distances is not None]
+    if not terms:
+        raise NeedsError("a BatchNorm loss for teachers without BatchNorm; set its weight to 0 or choose other teachers")
+    return torch.stack(terms).mean()

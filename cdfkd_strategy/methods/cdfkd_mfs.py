@@ -1,0 +1,232 @@
+"""CDFKD-MFS: collaborative data-free knowledge distillation via multi-level feature sharing (Hao et al., IEEE TMM 24, 2022).
+
+Paper: https://arxiv.org/abs/2205.11845
+
+A generator G and a student with one header per teacher play an asymmetric game: five student steps on fresh synthetic
+batches x = G(z), z ~ N(0, I), then one generator step. With T_i, S_i the logits of teacher i and header i, f_i the
+features before their last layer, N teachers and R_BN the distance from the teachers' BatchNorm statistics:
+
+    L_S =  (1/N) sum_i mean|S_i - T_i|  +  w_f (1/N) sum_i E||f_i^S - f_i^T||_1  +  w_e mean|avg_i S_i - avg_i T_i|
+    L_G =  (1/N) sum_i [ -mean|S_i - T_i| + w_bn R_BN(T_i) ],   the first BatchNorm layer weighted five times
+
+Student: SGD; generator: Adam; both rates fall together. At inference the headers are averaged.
+
+Deviations, all switchable:
+
+- ``mode="fused"``, the default (``"auto"``) when the teachers' class weights w[k, c] are not uniform: the paper's
+  ensemble term copies the uniform ensemble, which under label skew is far worse than its members. It is replaced by
+  ``w_fused KL(fuse(T, w) || fuse(S, w))``, the generator also seeks disagreement of the fused outputs, and is held to
+  balanced classes, ``+ w_b sum_c pbar_c ln pbar_c`` with pbar the batch mean of the fused teacher.
+- ``schedule="cosine"`` instead of the paper's two steps, for short budgets.
+- ``feature_weight`` counts only teachers whose feature width is the student's (the paper sets it to 0 otherwise).
+- Teacher weight gradients are never computed; BatchNorm statistics only in generator steps. Same mathematics.
+
+A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cdfkd_strategy.distiller import METHODS, Distiller
+from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.losses.class_balance import negative_class_entropy
+from cdfkd_strategy.losses.divergence import feature_l1, kl_divergence, logit_l1, mean_logit_l1
+from cdfkd_strategy.losses.statistics import batch_norm_loss
+from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
+from cdfkd_strategy.models.head_fusion import fuse
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, set_rate
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, StudentOutputs, TeacherOutputs
+
+
+@dataclass(frozen=True)
+class CDFKDMFSConfig:
+    """Settings of `CDFKDMFS`; the defaults are the paper's for CIFAR-100.
+
+    Args:
+        mode: "paper" (L1 on mean logits), "fused" (KL on fused outputs), or "auto": fused unless weights are uniform.
+        epochs: passes of ``iterations``.
+        iterations: rounds of student and generator steps per epoch.
+        student_steps: student steps per iteration, each on a fresh batch.
+        generator_steps: generator steps per iteration.
+        batch_size: synthetic images per step.
+        feature_weight: w_f. 0.2 for CIFAR-100 and Caltech-101, 0.05 for mini-ImageNet.
+        ensemble_weight: w_e of mode "paper". 5 for CIFAR-100 and Caltech-101, 1 for mini-ImageNet.
+        bn_weight: w_bn; teachers without BatchNorm are left out of the term.
+        first_layer_weight: rho_1, the weight of the first BatchNorm layer.
+        head_weight: weight of the headers' L1 in the student's loss.
+        fused_weight: w_fused of mode "fused", in both losses.
+        balance_weight: w_b of mode "fused".
+        student_lr: SGD, with ``momentum`` and ``weight_decay``.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        generator_lr: Adam, default betas.
+        schedule: "multistep" (x0.1 at ``milestones``, in epochs), "cosine" (to 0, per iteration) or "constant", for both.
+        milestones: epochs at which both rates are divided by 10.
+        generator: latent width and size of G.
+    """
+
+    mode: Literal["auto", "paper", "fused"] = "auto"
+    epochs: int = 300
+    iterations: int = 50
+    student_steps: int = 5
+    generator_steps: int = 1
+    batch_size: int = 256
+    feature_weight: float = 0.2
+    ensemble_weight: float = 5.0
+    bn_weight: float = 0.1
+    first_layer_weight: float = 5.0
+    head_weight: float = 1.0
+    fused_weight: float = 1.0
+    balance_weight: float = 1.0
+    student_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    generator_lr: float = 1e-3
+    schedule: ScheduleName = "multistep"
+    milestones: tuple[int, ...] = (100, 200)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "iterations", "student_steps", "generator_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
+        if self.batch_size < 2:
+            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
+
+    @classmethod
+    def toy(cls) -> CDFKDMFSConfig:
+        """The smallest setting that runs every stage."""
+        return cls(epochs=2, iterations=8, student_steps=3, batch_size=32, schedule="cosine", student_lr=0.05, generator=GeneratorConfig(latent_dim=16, width=0.25))
+
+
+@METHODS.register("cdfkd_mfs")
+class CDFKDMFS(Distiller):
+    """CDFKD-MFS (https://arxiv.org/abs/2205.11845); see the module's docstring for the losses and the deviations.
+
+    Raises:
+        ArchitectureError: the student does not have one header per teacher.
+    """
+
+    name = "cdfkd_mfs"
+    Config = CDFKDMFSConfig
+    needs = Needs(batch_norm=False, features=False)
+    student: MultiHeaderStudent
+    config: CDFKDMFSConfig
+
+    def __init__(
+        self,
+        teachers: TeacherEnsemble,
+        student: MultiHeaderStudent,
+        config: CDFKDMFSConfig,
+        *,
+        image: ImageSpec,
+        rng: torch.Generator,
+        runtime: Runtime,
+    ) -> None:
+        super().__init__(teachers, student, config, image=image, rng=rng, runtime=runtime)
+        if student.heads != len(teachers):
+            raise ArchitectureError(f"a student with {student.heads} headers for {len(teachers)} teachers; cdfkd_mfs needs one header per teacher")
+        self.generator = runtime.place(build_generator(image, config.generator))
+        self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
+
+    @property
+    def num_epochs(self) -> int:
+        """``config.epochs``."""
+        return self.config.epochs
+
+    @property
+    def fused(self) -> bool:
+        """Is the fused-ensemble term in use (``mode``, resolved)?"""
+        return self.config.mode == "fused" or (self.config.mode == "auto" and not self.teachers.is_uniform)
+
+    def run_epoch(self, epoch: int) -> Metrics:
+        """``iterations`` times: ``student_steps`` on fresh batches, then ``generator_steps``."""
+        self.student.train()
+        assert self.generator is not None
+        self.generator.train()
+        sums: dict[str, Tensor] = {}
+        for iteration in range(self.config.iterations):
+            self._set_rates(epoch, iteration)
+            for _ in range(self.config.student_steps):
+                _accumulate(sums, "student", self._student_step(), self.config.student_steps)
+            for _ in range(self.config.generator_steps):
+                _accumulate(sums, "generator", self._generator_step(), self.config.generator_steps)
+        names = sorted(sums)
+        values = (torch.stack([sums[name] for name in names]) / self.config.iterations).tolist()  # the epoch's only host sync
+        return dict(zip(names, values, strict=True))
+
+    def _set_rates(self, epoch: int, iteration: int) -> None:
+        config = self.config
+        factor = 1.0
+        if config.schedule == "multistep":
+            factor = multistep(epoch, config.milestones)
+        elif config.schedule == "cosine":
+            factor = cosine(epoch * config.iterations + iteration, config.epochs * config.iterations)
+        set_rate(self.student_optimizer, config.student_lr * factor)
+        set_rate(self.generator_optimizer, config.generator_lr * factor)
+
+    def _draw(self) -> Tensor:
+        assert self.generator is not None
+        z = self.runtime.normal(self.config.batch_size, self.config.generator.latent_dim, rng=self.rng)
+        return self.runtime.images(self.generator(z))
+
+    def _student_step(self) -> LossTerms:
+        with torch.no_grad():
+            images = self._draw()
+            teachers = self.teachers.observe(images, bn=False)
+        terms = self.student_loss(self.student(images), teachers)
+        self.student_optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        self.student_optimizer.step()
+        return terms
+
+    def _generator_step(self) -> LossTerms:
+        images = self._draw()
+        teachers = self.teachers.observe(images, bn=self.config.bn_weight > 0)
+        terms = self.generator_loss(self.student(images), teachers)
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        parameters = list(self.generator_optimizer.param_groups[0]["params"])
+        gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.generator_optimizer.step()
+        return terms
+
+    def student_loss(self, student: StudentOutputs, teachers: TeacherOutputs) -> LossTerms:
+        """The weighted terms of L_S; logits ``[K, B, C]``."""
+        config, weights = self.config, self.teachers.weights
+        terms = {"head_l1": config.head_weight * logit_l1(student.logits, teachers.logits)}
+        if config.feature_weight > 0:
+            terms["feature_l1"] = config.feature_weight * feature_l1(student.features, teachers.features)
+        if self.fused:
+            terms["fused_kl"] = config.fused_weight * kl_divergence(fuse(student.logits, weights), fuse(teachers.logits, weights))
+        else:
+            terms["ensemble_l1"] = config.ensemble_weight * mean_logit_l1(student.logits, teachers.logits)
+        return terms
+
+    def generator_loss(self, student: StudentOutputs, teachers: TeacherOutputs) -> LossTerms:
+        """The weighted terms of L_G; gradients pass through teachers and student."""
+        config, weights = self.config, self.teachers.weights
+        terms = {"adversarial": -logit_l1(student.logits, teachers.logits)}
+        if config.bn_weight > 0 and any(distances is not None for distances in teachers.bn):
+            terms["bn"] = config.bn_weight * batch_norm_loss(teachers.bn, config.first_layer_weight)
+        if self.fused:
+            fused = fuse(teachers.logits, weights)
+            terms["fused_adversarial"] = -config.fused_weight * kl_divergence(fuse(student.logits, weights), fused)
+            terms["balance"] = config.balance_weight * negative_class_entropy(fused)
+        return terms
+
+
+def _accumulate(sums: dict[str, Tensor], prefix: str, terms: LossTerms, steps: int) -> None:
+    for name, value in terms.items():
+        key = f"{prefix}/{name}"
+        sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach() / steps

@@ -1,0 +1,45 @@
+"""Class balance against hand-computed constants and a brute-force twin."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cdfkd_strategy.losses.class_balance import negative_class_entropy, one_hot_cross_entropy
+
+
+def test_a_balanced_batch_has_the_smallest_value() -> None:
+    certain = torch.eye(4) * 1000
+    assert negative_class_entropy(certain).item() == pytest.approx(-math.log(4), rel=1e-6)
+    one_class = torch.zeros(4, 4)
+    one_class[:, 0] = 1000
+    assert negative_class_entropy(one_class).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_negative_class_entropy_against_a_loop() -> None:
+    logits = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for k in range(3):
+        mean = torch.exp(logits[k]) / torch.exp(logits[k]).sum(1, keepdim=True)
+        for share in mean.mean(0).tolist():
+            total += share * math.log(share)
+    assert negative_class_entropy(logits).item() == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_negative_class_entropy_has_finite_gradients_where_a_class_never_occurs() -> None:
+    logits = torch.tensor([[0.0, -2000.0], [0.0, -2000.0]], requires_grad=True)
+    negative_class_entropy(logits).backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_one_hot_cross_entropy_by_hand() -> None:
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(7.0)]])
+    assert one_hot_cross_entropy(logits).item() == pytest.approx(-(math.log(3 / 4) + math.log(7 / 8)) / 2, rel=1e-6)
+
+
+def test_gradcheck() -> None:
+    logits = torch.randn(4, 3, dtype=torch.double, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    assert torch.autograd.gradcheck(one_hot_cross_entropy, (logits,))

@@ -1,0 +1,51 @@
+"""BatchNorm distances against numbers worked out by hand and an independently written NumPy twin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cdfkd_strategy.errors import NeedsError
+from cdfkd_strategy.losses.statistics import batch_norm_distance, batch_norm_loss
+
+
+def test_a_hand_computed_distance() -> None:
+    norm = nn.BatchNorm2d(2)  # running mean 0, running variance 1
+    # channel 0: values 0, 2 -> mean 1, biased variance 1; channel 1: values 3, 7 -> mean 5, biased variance 4
+    images = torch.tensor([[[[0.0]], [[3.0]]], [[[2.0]], [[7.0]]]])
+    expected = (1**2 + 5**2) ** 0.5 + (0**2 + 3**2) ** 0.5
+    assert batch_norm_distance(norm, images).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_against_numpy_on_random_batches() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(1.5, 2.0, size=(6, 5, 4, 3))
+    norm = nn.BatchNorm2d(5)
+    mean, variance = rng.normal(size=5), rng.uniform(0.5, 2, size=5)
+    norm.running_mean, norm.running_var = torch.tensor(mean).float(), torch.tensor(variance).float()
+    columns = values.transpose(1, 0, 2, 3).reshape(5, -1)
+    expected = np.sqrt(((columns.mean(1) - mean) ** 2).sum()) + np.sqrt(((columns.var(1) - variance) ** 2).sum())
+    assert batch_norm_distance(norm, torch.tensor(values)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_weights_the_first_layer_and_averages_over_teachers_with_batch_norm() -> None:
+    bn = (torch.tensor([1.0, 2.0, 3.0]), None, torch.tensor([10.0]))
+    assert batch_norm_loss(bn).item() == pytest.approx(((5 * 1 + 2 + 3) + 5 * 10) / 2)
+    assert batch_norm_loss(bn, first_layer_weight=1.0).item() == pytest.approx(((1 + 2 + 3) + 10) / 2)
+
+
+def test_teachers_without_batch_norm_are_an_error() -> None:
+    with pytest.raises(NeedsError, match="set its weight to 0"):
+        batch_norm_loss((None, None))
+
+
+def test_gradcheck_in_double() -> None:
+    norm = nn.BatchNorm2d(3).double()
+    images = torch.randn(4, 3, 2, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: batch_norm_distance(norm, values), (images,))
+
+
+def test_half_precision_is_raised() -> None:
+    assert batch_norm_distance(nn.BatchNorm2d(2), torch.ones(2, 2, 1, 1, dtype=torch.bfloat16)).dtype == torch.float32

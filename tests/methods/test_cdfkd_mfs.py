@@ -1,0 +1,212 @@
+"""CDFKD-MFS: both losses against independently written references, the schedule, and the mode switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.generators import GeneratorConfig
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec, StudentOutputs, TeacherOutputs
+
+IMAGE = ImageSpec(1, 8, 8, 4)
+K, B, C, D = 3, 6, 4, 5
+
+
+def method(teachers: int = 3, weights: Tensor | None = None, heads: int | None = None, **settings: Any) -> CDFKDMFS:
+    settings = {"iterations": 2, "batch_size": 8, "generator": GeneratorConfig(latent_dim=8, width=0.125), **settings}
+    with seeded_scope("mfs"):
+        models = [build_classifier("small_cnn", IMAGE) for _ in range(teachers)]
+        student = MultiHeaderStudent("small_cnn", heads or teachers, IMAGE)
+        ensemble = TeacherEnsemble(models, weights, image=IMAGE)
+        rng = torch.Generator().manual_seed(0)
+        return CDFKDMFS(ensemble, student, CDFKDMFSConfig(**settings), image=IMAGE, rng=rng, runtime=Runtime())
+
+
+def outputs() -> tuple[StudentOutputs, TeacherOutputs]:
+    rng = torch.Generator().manual_seed(3)
+    student = StudentOutputs(torch.randn(K, B, C, generator=rng), torch.randn(K, B, D, generator=rng))
+    features = tuple(torch.randn(B, D, generator=rng) for _ in range(K))
+    bn = tuple(torch.rand(7, generator=rng) for _ in range(K))
+    return student, TeacherOutputs(torch.randn(K, B, C, generator=rng), features, bn)
+
+
+def log_softmax(row: Tensor) -> Tensor:
+    return row - torch.log(torch.exp(row).sum())
+
+
+def fused_reference(logits: Tensor, weights: Tensor) -> Tensor:
+    rows = []
+    for b in range(B):
+        pooled = sum(weights[k] * log_softmax(logits[k, b]) for k in range(K))
+        rows.append(log_softmax(pooled))  # type: ignore[arg-type]
+    return torch.stack(rows)
+
+
+def kl_reference(student: Tensor, teacher: Tensor) -> float:
+    total = 0.0
+    for mine, theirs in zip(student, teacher, strict=True):
+        for c in range(C):
+            total += float(torch.exp(theirs[c]) * (theirs[c] - mine[c]))
+    return total / len(student)
+
+
+def test_the_papers_student_loss() -> None:
+    student, teachers = outputs()
+    terms = method(mode="paper", feature_weight=0.2, ensemble_weight=5.0).student_loss(student, teachers)
+    s, t = student.logits, teachers.logits
+    head = sum(float((s[k] - t[k]).abs().sum()) / (B * C) for k in range(K)) / K
+    feature = sum(float((student.features[k] - teachers.features[k]).abs().sum()) / B for k in range(K)) / K  # type: ignore[operator]
+    ensemble = float((s.sum(0) / K - t.sum(0) / K).abs().sum()) / (B * C)
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx({"head_l1": head, "feature_l1": 0.2 * feature, "ensemble_l1": 5 * ensemble}, rel=1e-5)
+
+
+def test_the_papers_generator_loss() -> None:
+    student, teachers = outputs()
+    terms = method(mode="paper").generator_loss(student, teachers)
+    head = sum(float((student.logits[k] - teachers.logits[k]).abs().sum()) / (B * C) for k in range(K)) / K
+    bn = sum(float(layers.sum() + 4 * layers[0]) for layers in teachers.bn if layers is not None) / K
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx({"adversarial": -head, "bn": 0.1 * bn}, rel=1e-5)
+
+
+def test_the_fused_terms_use_the_class_weights() -> None:
+    weights = torch.rand(K, C, generator=torch.Generator().manual_seed(5))
+    weights = weights / weights.sum(0)
+    student, teachers = outputs()
+    distiller = method(weights=weights, fused_weight=2.0, balance_weight=3.0)
+    mine, theirs = fused_reference(student.logits, weights), fused_reference(teachers.logits, weights)
+    kl = kl_reference(mine, theirs)
+    classes = torch.exp(theirs).sum(0) / B
+    balance = float((classes * torch.log(classes)).sum())
+    student_terms, generator_terms = distiller.student_loss(student, teachers), distiller.generator_loss(student, teachers)
+    assert "ensemble_l1" not in student_terms
+    assert student_terms["fused_kl"].item() == pytest.approx(2 * kl, rel=1e-4)
+    assert generator_terms["fused_adversarial"].item() == pytest.approx(-2 * kl, rel=1e-4)
+    assert generator_terms["balance"].item() == pytest.approx(3 * balance, rel=1e-4)
+
+
+def test_auto_is_the_paper_for_uniform_weights_and_fused_for_others() -> None:
+    skewed = torch.tensor([[0.5, 0.2, 0.2, 0.2], [0.3, 0.4, 0.4, 0.4], [0.2, 0.4, 0.4, 0.4]])
+    assert not method().fused
+    assert method(weights=skewed).fused
+    assert not method(weights=skewed, mode="paper").fused
+    assert method(mode="fused").fused
+
+
+def test_features_of_another_width_are_left_out() -> None:
+    student, teachers = outputs()
+    narrow = teachers._replace(features=(teachers.features[0], None, torch.zeros(B, D + 1)))
+    term = method(mode="paper", feature_weight=1.0).student_loss(student, narrow)["feature_l1"]
+    assert teachers.features[0] is not None
+    assert term.item() == pytest.approx(float((student.features[0] - teachers.features[0]).abs().sum()) / B / K, rel=1e-5)
+
+
+def test_five_student_steps_then_one_generator_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = method(epochs=3, iterations=2, milestones=(1, 2), schedule="multistep")
+    steps: list[tuple[str, float, float]] = []
+
+    def count(name: str) -> None:
+        original = getattr(distiller, f"_{name}_step")
+
+        def counted() -> Any:
+            rates = (distiller.student_optimizer.param_groups[0]["lr"], distiller.generator_optimizer.param_groups[0]["lr"])
+            steps.append((name, *rates))
+            return original()
+
+        monkeypatch.setattr(distiller, f"_{name}_step", counted)
+
+    count("student")
+    count("generator")
+    for epoch in range(distiller.num_epochs):
+        distiller.run_epoch(epoch)
+    assert [name for name, _, _ in steps] == (["student"] * 5 + ["generator"]) * 6
+    expected = [factor for factor in (1.0, 0.1, 0.01) for _ in range(12)]
+    assert [rate for _, rate, _ in steps] == pytest.approx([0.1 * factor for factor in expected])
+    assert [rate for _, _, rate in steps] == pytest.approx([1e-3 * factor for factor in expected])
+
+
+def test_cosine_anneals_both_rates_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = method(epochs=2, iterations=2, schedule="cosine")
+    rates: list[tuple[float, float]] = []
+    original = distiller._generator_step
+
+    def step() -> Any:
+        rates.append((distiller.student_optimizer.param_groups[0]["lr"] / 0.1, distiller.generator_optimizer.param_groups[0]["lr"] / 1e-3))
+        return original()
+
+    monkeypatch.setattr(distiller, "_generator_step", step)
+    for epoch in range(2):
+        distiller.run_epoch(epoch)
+    factors = [1.0, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]
+    assert [student for student, _ in rates] == pytest.approx(factors)
+    assert [generator for _, generator in rates] == pytest.approx(factors)
+
+
+def test_a_student_step_moves_only_the_student_and_a_generator_step_only_the_generator() -> None:
+    distiller = method()
+    assert distiller.generator is not None
+    distiller.student.train()
+    distiller.generator.train()
+
+    def weights() -> tuple[list[Tensor], list[Tensor]]:
+        assert distiller.generator is not None
+        return [p.detach().clone() for p in distiller.student.parameters()], [p.detach().clone() for p in distiller.generator.parameters()]
+
+    def same(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    student, generator = weights()
+    distiller._student_step()
+    student_after, generator_after = weights()
+    assert same(generator, generator_after)
+    assert not same(student, student_after)
+    distiller._generator_step()
+    assert same(student_after, weights()[0])
+    assert not same(generator_after, weights()[1])
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in distiller.generator.parameters())
+
+
+def test_the_generators_gradient_passes_through_teachers_and_student() -> None:
+    distiller = method(mode="paper", bn_weight=0.0)
+    images = torch.randn(4, 1, 8, 8, requires_grad=True)
+    student, teachers = distiller.student(images), distiller.teachers.observe(images, bn=False)
+    both = torch.autograd.grad(distiller.generator_loss(student, teachers)["adversarial"], images, retain_graph=True)[0]
+    detached = teachers._replace(logits=teachers.logits.detach())
+    through_student = torch.autograd.grad(distiller.generator_loss(student, detached)["adversarial"], images)[0]
+    assert not torch.allclose(both, through_student)
+
+
+def test_teachers_without_batch_norm_leave_the_bn_term_out() -> None:
+    with seeded_scope("gn"):
+        teachers = TeacherEnsemble([build_classifier("small_cnn_gn", IMAGE)], image=IMAGE)
+        student = MultiHeaderStudent("small_cnn", 1, IMAGE)
+        distiller = CDFKDMFS(teachers, student, CDFKDMFSConfig.toy(), image=IMAGE, rng=torch.Generator(), runtime=Runtime())
+    assert "generator/bn" not in distiller.run_epoch(0)
+
+
+def test_one_header_per_teacher() -> None:
+    with pytest.raises(ArchitectureError, match="2 headers for 3 teachers"):
+        method(heads=2)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("epochs", 0), ("student_steps", 0), ("batch_size", 1)])
+def test_settings_that_cannot_work_are_refused(setting: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"method.{setting} is {value}"):
+        CDFKDMFSConfig(**{setting: value})
+
+
+def test_defaults_are_the_papers_for_cifar_100() -> None:
+    config = CDFKDMFSConfig()
+    assert (config.epochs, config.iterations, config.student_steps, config.generator_steps, config.batch_size) == (300, 50, 5, 1, 256)
+    assert (config.feature_weight, config.ensemble_weight, config.bn_weight, config.first_layer_weight) == (0.2, 5.0, 0.1, 5.0)
+    assert (config.student_lr, config.momentum, config.weight_decay, config.generator_lr, config.milestones) == (0.1, 0.9, 5e-4, 1e-3, (100, 200))
+    assert config.generator.latent_dim == 256

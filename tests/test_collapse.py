@@ -1,0 +1,66 @@
+"""The collapse watch warns once per kind, says what to change, and leaves the method's state alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from cdfkd_strategy.collapse import CollapseWatch
+from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
+from cdfkd_strategy.types import ImageSpec
+
+IMAGE = ImageSpec(1, 8, 8, 4)
+
+
+@pytest.fixture
+def distiller() -> CDFKDMFS:
+    with seeded_scope("collapse"):
+        teachers = TeacherEnsemble([build_classifier("small_cnn", IMAGE)], image=IMAGE)
+        student = MultiHeaderStudent("small_cnn", 1, IMAGE)
+        return CDFKDMFS(teachers, student, CDFKDMFSConfig.toy(), image=IMAGE, rng=torch.Generator().manual_seed(0), runtime=Runtime())
+
+
+def test_a_look_changes_nothing(distiller: CDFKDMFS) -> None:
+    assert distiller.generator is not None
+    before = (state_hash(distiller.student.state_dict()), state_hash(distiller.generator.state_dict()), distiller.rng.get_state())
+    found = CollapseWatch(distiller, 16, seed=0).look(0)
+    assert set(found) == {"watch/student_teacher_l1", "watch/class_entropy", "watch/bn"}
+    assert 0 <= found["watch/student_teacher_l1"] <= 2
+    assert 0 <= found["watch/class_entropy"] <= math.log(4) + 1e-6
+    assert (state_hash(distiller.student.state_dict()), state_hash(distiller.generator.state_dict())) == before[:2]
+    assert torch.equal(distiller.rng.get_state(), before[2])
+
+
+def test_a_teacher_that_sees_one_class_only_is_warned_of_once(distiller: CDFKDMFS, caplog: pytest.LogCaptureFixture) -> None:
+    linear = [module for module in distiller.teachers.nets[0].modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.copy_(torch.tensor([50.0, 0, 0, 0]))
+    watch = CollapseWatch(distiller, 16, seed=0)
+    with caplog.at_level(logging.WARNING):
+        watch.look(0)
+        watch.look(1)
+    assert caplog.text.count("covers few classes") == 1
+    assert "raise the class-balance weight" in caplog.text
+
+
+def test_a_student_that_falls_behind_is_warned_of(distiller: CDFKDMFS, caplog: pytest.LogCaptureFixture) -> None:
+    watch = CollapseWatch(distiller, 16, seed=0)
+    with caplog.at_level(logging.WARNING):
+        watch._warn(0, distance=0.1, entropy=1.3, most=1.386)
+        watch._warn(1, distance=0.3, entropy=1.3, most=1.386)
+        assert caplog.text == ""
+        watch._warn(2, distance=0.5, entropy=1.3, most=1.386)
+    assert "falls behind the generator" in caplog.text
+
+
+def test_zero_images_turn_it_off(distiller: CDFKDMFS) -> None:
+    assert CollapseWatch(distiller, 0, seed=0).look(0) == {}

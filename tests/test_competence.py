@@ -1,0 +1,92 @@
+"""Competence estimates find who knows what from weights alone; formulas against independent computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cdfkd_strategy import competence
+from cdfkd_strategy.errors import NeedsError, UnknownNameError
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.seeding import generator, seeded_scope
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec
+
+IMAGE = ImageSpec(1, 8, 8, 4)
+
+
+def trained_on(classes: tuple[int, ...], name: str, seed: int) -> nn.Module:
+    """A net trained on images of which each class is a bright quadrant, from ``classes`` only."""
+    with seeded_scope("competence", seed):
+        model = build_classifier(name, IMAGE)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        for _ in range(40):
+            labels = torch.tensor(classes)[torch.randint(len(classes), (32,))]
+            images = torch.randn(32, 1, 8, 8) * 0.3
+            for at, label in enumerate(labels.tolist()):
+                row, column = divmod(label, 2)
+                images[at, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 2
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimiser.step()
+    return model
+
+
+@pytest.mark.parametrize("arch", ["small_cnn", "small_cnn_gn", "lenet"])
+def test_auto_gives_every_class_to_the_teacher_that_has_seen_it(arch: str) -> None:
+    teachers = TeacherEnsemble([trained_on((0, 1), arch, 0), trained_on((2, 3), arch, 1)], image=IMAGE)
+    weights = competence.estimate(teachers, IMAGE, generator("test"))
+    assert torch.allclose(weights.sum(0), torch.ones(4))
+    assert weights.argmax(0).tolist() == [0, 0, 1, 1]
+    assert weights.max(0).values.min() > 0.7
+
+
+def test_row_norm_is_the_fourth_power_of_the_row_length() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    linear = net[1]
+    assert isinstance(linear, nn.Linear)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[0, :2] = torch.tensor([3.0, 4.0])
+        linear.weight[1, 5] = 2.0
+    score = competence.row_norm_score(net, generator("unused"))
+    assert score is not None
+    assert score.tolist() == pytest.approx([625.0, 16.0])
+
+
+def test_norm_features_converge_to_the_expected_softmax() -> None:
+    norm, linear = nn.BatchNorm1d(1), nn.Linear(1, 2)
+    with torch.no_grad():
+        norm.weight.fill_(-0.5)  # the sign of gamma does not matter
+        norm.bias.fill_(0.3)
+        linear.weight[:, 0] = torch.tensor([2.0, -1.0])
+        linear.bias.zero_()
+    score = competence.norm_feature_score(nn.Sequential(norm, linear), generator("samples"))
+    grid = torch.linspace(-6, 6, 20001, dtype=torch.double)
+    density = torch.exp(-(grid**2) / 2)
+    share = torch.sigmoid(3 * torch.relu(0.3 + 0.5 * grid))
+    expected = float((density * share).sum() / density.sum())
+    assert score is not None
+    assert score[0].item() == pytest.approx(expected, abs=0.01)
+    assert score.sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_norm_features_needs_a_layer_as_wide_as_the_classifier() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 5), nn.Linear(5, 2))
+    assert competence.norm_feature_score(net, generator("x")) is None
+    assert competence.auto_score(net, generator("x")) is not None
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    teachers = TeacherEnsemble([trained_on((0, 1), "small_cnn", 0), trained_on((1, 2), "small_cnn", 1)], image=IMAGE)
+    assert torch.equal(competence.estimate(teachers, IMAGE, generator(1)), competence.estimate(teachers, IMAGE, generator(1)))
+
+
+def test_unusable_teachers_and_names_are_clear_errors() -> None:
+    teachers = TeacherEnsemble([nn.Sequential(nn.Flatten(), nn.Identity())], image=IMAGE)
+    with pytest.raises(NeedsError, match="row_norm.*teachers 0.*uniform"):
+        competence.estimate(teachers, IMAGE, generator("x"), "row_norm")
+    assert competence.estimate(teachers, IMAGE, generator("x"), "uniform").tolist() == [[1.0] * 4]
+    with pytest.raises(UnknownNameError, match="accepted: auto, norm_features, row_norm, uniform"):
+        competence.estimate(teachers, IMAGE, generator("x"), "label_counts")

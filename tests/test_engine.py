@@ -1,0 +1,180 @@
+"""`distill()`: history, files, resume, guards and refusals, on a method small enough to follow by hand."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cdfkd_strategy.distiller import Distiller
+from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
+from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError, NeedsError, UnknownNameError
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec, Needs
+
+IMAGE = ImageSpec(1, 8, 8, 3)
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    epochs: int = 4
+    broken_at: int = -1
+
+
+class NoiseDistiller(Distiller):
+    """Distils on Gaussian noise; uses both its own generator of random numbers and the global one."""
+
+    name = "noise_test"
+    Config = NoiseConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.05, momentum=0.9)
+        self.mean_loss = torch.zeros(())
+        self.steps = 0
+
+    @property
+    def num_epochs(self) -> int:
+        return int(self.config.epochs)
+
+    def run_epoch(self, epoch: int) -> Mapping[str, float]:
+        self.student.train()
+        for _ in range(2):
+            images = torch.randn(8, 1, 8, 8, generator=self.rng) + torch.rand(8, 1, 8, 8)
+            loss = (self.student(images).logits - self.teachers(images)).abs().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.mean_loss.mul_(0.5).add_(loss.detach(), alpha=0.5)
+            self.steps += 1
+        return {"student/l1": float("nan") if epoch == self.config.broken_at else float(self.mean_loss), "steps": self.steps}
+
+
+class NeedsBatchNorm(NoiseDistiller):
+    name = "needs_test"
+    needs = Needs(batch_norm=True)
+
+
+def parts(arch: str = "small_cnn", seed: int = 0) -> tuple[TeacherEnsemble, MultiHeaderStudent]:
+    with seeded_scope("engine", seed):
+        return TeacherEnsemble([build_classifier(arch, IMAGE) for _ in range(2)], image=IMAGE), MultiHeaderStudent("small_cnn", 2, IMAGE)
+
+
+def run(out: Path | None = None, *, config: NoiseConfig | None = None, cls: type[Distiller] = NoiseDistiller, arch: str = "small_cnn", seed: int = 0, **options: Any) -> DistillResult:
+    teachers, student = parts(arch)
+    engine = EngineConfig(device="cpu", progress=False, **options.pop("engine", {}))
+    return distill(teachers, student, cls, config=config, seed=seed, out=out, engine=engine, **options)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_history_and_csv_have_one_row_per_epoch(tmp_path: Path) -> None:
+    result = run(tmp_path, evaluate=lambda student: {"accuracy": float(not student.training)}, engine={"evaluate_every": 2})
+    assert (result.epochs_done, result.stopped_by) == (4, "schedule")
+    assert [row["steps"] for row in result.history] == [2, 4, 6, 8]
+    assert [row.get("accuracy") for row in result.history] == [None, 1.0, None, 1.0]
+    with (tmp_path / "losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert float(rows[3]["student/l1"]) == pytest.approx(result.history[3]["student/l1"], rel=1e-5)
+    assert not result.student.training
+
+
+def test_the_same_seed_gives_the_same_student_and_another_seed_another() -> None:
+    first = run()
+    assert same(first.student, run().student)
+    assert not same(first.student, run(seed=1).student)
+
+
+def test_evaluation_does_not_change_the_run() -> None:
+    def evaluate(student: nn.Module) -> dict[str, float]:
+        student(torch.randn(4, 1, 8, 8))
+        return {"random": float(torch.rand(()))}
+
+    assert same(run().student, run(evaluate=evaluate, engine={"evaluate_every": 1}).student)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_resume_at_every_boundary_equals_an_uninterrupted_run(tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run()
+    original = NoiseDistiller.run_epoch
+
+    def interrupted(self: NoiseDistiller, epoch: int) -> Mapping[str, float]:
+        if epoch == stop_after:
+            raise KeyboardInterrupt
+        return original(self, epoch)
+
+    monkeypatch.setattr(NoiseDistiller, "run_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(NoiseDistiller, "run_epoch", original)
+    resumed = run(tmp_path, resume=True)
+    assert same(whole.student, resumed.student)
+    strip = [{key: value for key, value in row.items() if key != "seconds"} for row in resumed.history]
+    assert strip == [{key: value for key, value in row.items() if key != "seconds"} for row in whole.history]
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    again = run(tmp_path, resume=True)
+    assert again.epochs_done == 4
+    assert same(done.student, again.student)
+
+
+@pytest.mark.parametrize("change", [{"config": NoiseConfig(epochs=5)}, {"seed": 1}])
+def test_resume_with_another_configuration_or_seed_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    run(tmp_path)
+    with pytest.raises(CheckpointError, match="was written with another (config|seed)"):
+        run(tmp_path, resume=True, **change)
+
+
+def test_resume_with_other_teachers_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    teachers, student = parts(seed=9)
+    with pytest.raises(CheckpointError, match="another teachers"):
+        distill(teachers, student, NoiseDistiller, out=tmp_path, resume=True, engine=EngineConfig(device="cpu", progress=False))
+
+
+def test_max_seconds_stops_at_an_epoch_boundary_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path, engine={"max_seconds": 0.0}, evaluate=lambda student: {"accuracy": 0.5})
+    assert (result.epochs_done, result.stopped_by) == (1, "max_seconds")
+    assert "stopped after epoch 1 of 4" in caplog.text
+    assert result.history[0]["accuracy"] == 0.5
+    assert same(run().student, run(tmp_path, resume=True).student)
+
+
+def test_a_loss_that_is_not_finite_is_a_clear_error_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CDFKDError, match="student/l1 became NaN or infinite in epoch 3"):
+        run(tmp_path, config=NoiseConfig(broken_at=2))
+    with (tmp_path / "losses.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_needs_are_checked_before_training() -> None:
+    with pytest.raises(NeedsError, match="'needs_test' needs BatchNorm running statistics, which teachers 0, 1 do not have"):
+        run(cls=NeedsBatchNorm, arch="small_cnn_gn")
+
+
+def test_unknown_methods_and_devices_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="accepted: .*cdfkd_mfs"):
+        run(cls="no_such_method")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="accepted: auto, cpu"):
+        EngineConfig(device="tpu-7")
+
+
+def test_checkpoints_stay_two(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "checkpoint.previous", "losses.csv"]
