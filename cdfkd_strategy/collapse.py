@@ -66,7 +66,9 @@ class CollapseWatch:
 
     def _warn(self, epoch: int, distance: float, entropy: float, most: float) -> None:
         if entropy < MIN_ENTROPY * most:
-            message = "epoch %d: the synthetic batch covers few classes (entropy %.2f of at most %.2f nats): raise the class-balance weight or lower method.generator_lr"
+            message = (
+                "epoch %d: the synthetic batch covers few classes (entropy %.2f of %.2f nats): raise the class-balance weight or lower method.generator_lr"
+            )
             self._once("entropy", message, epoch + 1, entropy, most)
         if epoch > 0 and distance > MAX_GROWTH * max(self._smallest, 0.05):
             message = "epoch %d: the student falls behind the generator (distance %.2f, was %.2f): lower method.generator_lr, or raise method.student_steps"

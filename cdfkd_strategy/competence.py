@@ -46,6 +46,7 @@ def norm_feature_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:
         return None
     gamma, beta = norms[-1].weight, norms[-1].bias
     assert isinstance(gamma, Tensor)
+    assert isinstance(beta, Tensor)
     noise = torch.randn(SAMPLES, linear.in_features, generator=rng).to(gamma.device)
     return linear(torch.relu(beta + noise * gamma.abs())).softmax(-1).mean(0).cpu()
 
@@ -101,8 +102,7 @@ def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, 
     lacking = [spec.key for spec, score in zip(teachers.specs, scores, strict=True) if score is None]
     if lacking:
         raise NeedsError(
-            f"competence estimate {name!r} does not work for teachers {', '.join(lacking)}; "
-            "use weights 'uniform', or networks that end in a linear layer"
+            f"competence estimate {name!r} does not work for teachers {', '.join(lacking)}; use weights 'uniform', or networks that end in a linear layer"
         )
     table = torch.stack([score.expand(image.num_classes) for score in scores if score is not None])
     return class_weights(table.clamp_min(torch.finfo(table.dtype).tiny), len(teachers), image.num_classes)

@@ -28,7 +28,14 @@ class Progress:
         self._name, self._total, self._done, self._enabled = name, total, done, enabled
         self._bar: RichProgress | None = None
         if enabled and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[terms]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[terms]}"),
+            )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(name, total=total, completed=done, terms="")
 

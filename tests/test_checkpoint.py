@@ -16,7 +16,10 @@ def test_nested_state_round_trips(tmp_path: Path) -> None:
     state = {
         "tensor": torch.arange(6).reshape(2, 3),
         "scalar": torch.tensor(1.5, dtype=torch.double),
-        "optimiser": {"state": {0: {"step": torch.tensor(3.0)}, 7: {}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 7], "foreach": None}]},
+        "optimiser": {
+            "state": {0: {"step": torch.tensor(3.0)}, 7: {}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 7], "foreach": None}],
+        },
         "infinite": math.inf,
         "text": "x",
         "flag": True,

@@ -85,8 +85,8 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 def test_unusable_teachers_and_names_are_clear_errors() -> None:
     teachers = TeacherEnsemble([nn.Sequential(nn.Flatten(), nn.Identity())], image=IMAGE)
-    with pytest.raises(NeedsError, match="row_norm.*teachers 0.*uniform"):
+    with pytest.raises(NeedsError, match=r"row_norm.*teachers 0.*uniform"):
         competence.estimate(teachers, IMAGE, generator("x"), "row_norm")
     assert competence.estimate(teachers, IMAGE, generator("x"), "uniform").tolist() == [[1.0] * 4]
-    with pytest.raises(UnknownNameError, match="accepted: auto, norm_features, row_norm, uniform"):
+    with pytest.raises(UnknownNameError, match=r"accepted: auto, norm_features, row_norm, uniform"):
         competence.estimate(teachers, IMAGE, generator("x"), "label_counts")

@@ -70,7 +70,9 @@ def parts(arch: str = "small_cnn", seed: int = 0) -> tuple[TeacherEnsemble, Mult
         return TeacherEnsemble([build_classifier(arch, IMAGE) for _ in range(2)], image=IMAGE), MultiHeaderStudent("small_cnn", 2, IMAGE)
 
 
-def run(out: Path | None = None, *, config: NoiseConfig | None = None, cls: type[Distiller] = NoiseDistiller, arch: str = "small_cnn", seed: int = 0, **options: Any) -> DistillResult:
+def run(
+    out: Path | None = None, *, config: NoiseConfig | None = None, cls: type[Distiller] = NoiseDistiller, arch: str = "small_cnn", seed: int = 0, **options: Any
+) -> DistillResult:
     teachers, student = parts(arch)
     engine = EngineConfig(device="cpu", progress=False, **options.pop("engine", {}))
     return distill(teachers, student, cls, config=config, seed=seed, out=out, engine=engine, **options)
@@ -136,7 +138,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"config": NoiseConfig(epochs=5)}, {"seed": 1}])
 def test_resume_with_another_configuration_or_seed_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     run(tmp_path)
-    with pytest.raises(CheckpointError, match="was written with another (config|seed)"):
+    with pytest.raises(CheckpointError, match=r"was written with another (config|seed)"):
         run(tmp_path, resume=True, **change)
 
 
@@ -169,7 +171,7 @@ def test_needs_are_checked_before_training() -> None:
 
 
 def test_unknown_methods_and_devices_are_refused() -> None:
-    with pytest.raises(UnknownNameError, match="accepted: .*cdfkd_mfs"):
+    with pytest.raises(UnknownNameError, match=r"accepted: .*cdfkd_mfs"):
         run(cls="no_such_method")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="accepted: auto, cpu"):
         EngineConfig(device="tpu-7")

@@ -25,4 +25,3 @@ def negative_class_entropy(logits: Tensor) -> Tensor:
     log_probabilities = F.log_softmax(logits.float(), dim=-1)
     log_mean = log_probabilities.logsumexp(dim=-2) - math.log(logits.shape[-2])
     return (log_mean.exp() * log_mean).sum(-1).mean()
-

@@ -29,11 +29,7 @@ def feature_l1(student: Tensor, teacher: Sequence[Tensor | None]) -> Tensor:
         student: ``[K, B, D]``.
         teacher: K tensors ``[B, D]``; teachers that are None or of another width are left out of the sum.
     """
-    terms = [
-        (mine - theirs).abs().sum(-1).mean()
-        for mine, theirs in zip(student, teacher, strict=True)
-        if theirs is not None and theirs.shape == mine.shape
-    ]
+    terms = [(mine - theirs).abs().sum(-1).mean() for mine, theirs in zip(student, teacher, strict=True) if theirs is not None and theirs.shape == mine.shape]
     return torch.stack(terms).sum() / student.shape[0] if terms else student.new_zeros(())
 
 

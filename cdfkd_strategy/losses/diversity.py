@@ -27,4 +27,5 @@ def diversity_loss(images: Tensor, probabilities: Tensor, epsilon: float = 1e-20
     half = images.shape[0] // 2
     between_images = torch.linalg.vector_norm(images[-half:] - images[:half])
     between_classes = torch.linalg.vector_norm(probabilities[..., -half:, :] - probabilities[..., :half, :], dim=(-2, -1))
-    return (between_classes / (between_images + epsilon * between_classes).clamp_min(SMALLEST_DISTANCE)).mean()
+    losses: Tensor = between_classes / (between_images + epsilon * between_classes).clamp_min(SMALLEST_DISTANCE)
+    return losses.mean()

@@ -28,4 +28,5 @@ def head_targets(teachers: Tensor, weights: Tensor, heads: int) -> Tensor:
         return teachers
     if heads == 1:
         return fuse(teachers, weights)[None]
-    raise ArchitectureError(f"a student with {heads} headers for {len(teachers)} teachers; accepted: {len(teachers)} (one per teacher) or 1 (the fused ensemble)")
+    accepted = f"{len(teachers)} (one per teacher) or 1 (the fused ensemble)"
+    raise ArchitectureError(f"a student with {heads} headers for {len(teachers)} teachers; accepted: {accepted}")

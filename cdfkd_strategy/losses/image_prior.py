@@ -30,7 +30,8 @@ def total_variation(images: Tensor) -> Tensor:
 
 def image_norm(images: Tensor) -> Tensor:
     """The mean over the batch of the L2 norm of an image ``[B, channels, H, W]`` (the authors' ImageNet code)."""
-    return torch.linalg.vector_norm(images.flatten(1), dim=1).mean()
+    norms: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norms.mean()
 
 
 def jitter(images: Tensor, limit: int, rng: torch.Generator) -> Tensor:

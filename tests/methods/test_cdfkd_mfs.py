@@ -67,7 +67,9 @@ def test_the_papers_student_loss() -> None:
     head = sum(float((s[k] - t[k]).abs().sum()) / (B * C) for k in range(K)) / K
     feature = sum(float((student.features[k] - teachers.features[k]).abs().sum()) / B for k in range(K)) / K  # type: ignore[operator]
     ensemble = float((s.sum(0) / K - t.sum(0) / K).abs().sum()) / (B * C)
-    assert {name: value.item() for name, value in terms.items()} == pytest.approx({"head_l1": head, "feature_l1": 0.2 * feature, "ensemble_l1": 5 * ensemble}, rel=1e-5)
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(
+        {"head_l1": head, "feature_l1": 0.2 * feature, "ensemble_l1": 5 * ensemble}, rel=1e-5
+    )
 
 
 def test_the_papers_generator_loss() -> None:
