@@ -1,0 +1,228 @@
+"""RDSKD against a plain reference of its two stages, its schedule, and its numerical corners."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.methods.rdskd import RDSKD, RDSKDConfig
+from cdfkd_strategy.models.generators import GeneratorConfig
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
+from tests.methods.trained_teachers import DIGITS, tiny_student, trained_ensemble
+
+SEED = "rdskd test"
+
+
+def build(count: int = 1, *, heads: int | None = None, teachers: TeacherEnsemble | None = None, **changes: Any) -> RDSKD:
+    config = dataclasses.replace(RDSKDConfig.toy(), **changes)
+    student = tiny_student(heads or count)
+    with seeding.seeded_scope(SEED):
+        return RDSKD(
+            teachers or trained_ensemble(count), student, config, image=DIGITS, rng=seeding.generator(SEED), runtime=Runtime(channels_last=False, threads=1)
+        )  # fmt: skip
+
+
+def same_images(mine: nn.Module, theirs: nn.Module) -> None:
+    """Compares what comes out: Adam turns the rounding noise of gradients that should be 0 (biases before BatchNorm) into weights."""
+    z = torch.randn(64, mine.latent_dim, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(mine.train()(z), theirs.train()(z), rtol=1e-2, atol=1e-2)
+
+
+# -- the formulas --------------------------------------------------------------------------------------------------
+
+
+def frobenius(difference: Tensor) -> Tensor:
+    return (difference**2).sum() ** 0.5
+
+
+def test_stage_a_equals_a_plain_reference() -> None:
+    """Two epochs written from the paper's symbols: softmax and log, the quotient as it stands, references as floats."""
+    distiller = build(generator_epochs=2)
+    config, teacher = distiller.config, distiller.teachers.nets[0]
+    generator, rng = copy.deepcopy(distiller.generator), seeding.generator(SEED)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
+    one_hot_reference = entropy_reference = 0.0
+    rows = []
+    for _epoch in range(2):
+        sums = [0.0, 0.0, 0.0]
+        for iteration in range(config.iterations):
+            x = generator(torch.randn(config.batch_size, config.generator.latent_dim, generator=rng))
+            p = torch.softmax(teacher(x), dim=1)
+            one_hot = -torch.log(p.max(dim=1).values).mean()
+            mean = p.mean(dim=0)
+            entropy = (mean * torch.log(mean)).sum()
+            x1, x2 = x.chunk(2)
+            p1, p2 = p.chunk(2)
+            diversity = 1 / (frobenius(x2 - x1) / frobenius(p2 - p1) + 1e-20)
+            terms = [torch.exp(one_hot - one_hot_reference), torch.exp(entropy - entropy_reference), diversity]
+            optimizer.zero_grad()
+            (terms[0] + terms[1] + terms[2]).backward()
+            optimizer.step()
+            if iteration == 1:
+                one_hot_reference, entropy_reference = one_hot.item(), entropy.item()
+            sums = [total + term.item() for total, term in zip(sums, terms, strict=True)]
+        rows.append([total / config.iterations for total in sums])
+    mine = [list(distiller.run_epoch(epoch).values()) for epoch in range(2)]
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(rows), rtol=1e-3, atol=1e-4)
+    assert float(distiller.reference_one_hot) == pytest.approx(one_hot_reference, rel=1e-3)
+    assert float(distiller.reference_entropy) == pytest.approx(entropy_reference, rel=1e-3)
+    same_images(distiller.generator, generator)
+
+
+def test_stage_b_equals_a_plain_reference() -> None:
+    distiller = build(3)
+    distiller.run_epoch(0)
+    config = distiller.config
+    generator, student = copy.deepcopy(distiller.generator).eval(), copy.deepcopy(distiller.student).train()
+    rng = torch.Generator()
+    rng.set_state(distiller.rng.get_state())
+    optimizer = torch.optim.Adam(student.parameters(), lr=config.student_lr)
+    total = 0.0
+    for _ in range(config.iterations):
+        x = generator(torch.randn(config.batch_size, config.generator.latent_dim, generator=rng)).detach()
+        logits, loss = student(x).logits, 0.0
+        for k in range(3):
+            p = torch.softmax(distiller.teachers.nets[k](x) / 10, dim=1)
+            q = torch.softmax(logits[k] / 10, dim=1)
+            loss = loss + 100 * (p * torch.log(p / q)).sum(dim=1).mean() / 3
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    assert distiller.run_epoch(config.generator_epochs)["student/kl"] == pytest.approx(total / config.iterations, rel=1e-3)
+    torch.testing.assert_close(distiller.student.eval()(x).logits, student.eval()(x).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_terms_of_several_teachers_are_averaged() -> None:
+    """Two copies of one teacher are one teacher."""
+    alone = build(1)
+    net = trained_ensemble(1).nets[0]
+    twice = build(2, teachers=TeacherEnsemble([net, copy.deepcopy(net)], image=DIGITS))
+    assert list(alone.run_epoch(0).values()) == pytest.approx(list(twice.run_epoch(0).values()), rel=1e-4)
+    same_images(alone.generator, twice.generator)
+
+
+def test_the_exponentials_are_bounded_by_the_number_of_classes() -> None:
+    """Why they need no clamp, at the worst: a teacher that is certain of one class, after one that knew nothing, and the reverse."""
+    confident = torch.nn.functional.one_hot(torch.zeros(8, dtype=torch.long), 10) * 1e4
+
+    class Constant(nn.Module):
+        def __init__(self, logits: Tensor) -> None:
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    for first, then in ((confident, 0 * confident), (0 * confident, confident)):
+        constant = Constant(first)
+        distiller = build(teachers=TeacherEnsemble([constant], image=DIGITS), batch_size=8)
+        distiller.run_epoch(0)
+        constant.logits = then
+        terms = distiller.run_epoch(1)
+        assert all(math.isfinite(value) and 0 <= value <= 10.001 for value in terms.values())
+        assert all(torch.isfinite(tensor).all() for tensor in distiller.generator.state_dict().values())
+
+
+# -- the schedule --------------------------------------------------------------------------------------------------
+
+
+def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = build(generator_epochs=2, student_epochs=4, student_milestones=(1, 3), iterations=3)
+    steps: list[tuple[str, float]] = []
+    for name in ("generator", "student"):
+        optimizer = getattr(distiller, f"{name}_optimizer")
+
+        def step(name: str = name, optimizer: torch.optim.Optimizer = optimizer, real: Any = optimizer.step) -> None:
+            steps.append((name, optimizer.param_groups[0]["lr"]))
+            real()
+
+        monkeypatch.setattr(optimizer, "step", step)
+    assert distiller.num_epochs == 6
+    expected = [("generator", 1e-3)] * 2 + [("student", 2e-3), ("student", 2e-4), ("student", 2e-4), ("student", 2e-5)]
+    for epoch, (name, rate) in enumerate(expected):
+        steps.clear()
+        distiller.run_epoch(epoch)
+        assert [stepped for stepped, _ in steps] == [name] * 3
+        assert [value for _, value in steps] == pytest.approx([rate] * 3)
+
+
+def test_each_stage_leaves_the_other_network_alone() -> None:
+    distiller = build()
+    student = state_hash(distiller.student.state_dict())
+    distiller.run_epoch(0)
+    distiller.run_epoch(1)
+    assert state_hash(distiller.student.state_dict()) == student
+    assert distiller.generator.training
+    generator = state_hash(distiller.generator.state_dict())
+    distiller.run_epoch(2)
+    assert state_hash(distiller.generator.state_dict()) == generator  # its BatchNorm statistics too
+    assert not distiller.generator.training
+    assert distiller.student.training
+
+
+def test_samples_are_what_the_running_stage_sees() -> None:
+    distiller = build()
+    distiller.run_epoch(0)
+    z = torch.randn(6, distiller.config.generator.latent_dim, generator=seeding.generator("look"))
+
+    def expected(training: bool) -> Tensor:
+        with torch.no_grad():
+            return copy.deepcopy(distiller.generator).train(training)(z)
+
+    assert torch.equal(distiller.sample(6, seeding.generator("look")), expected(training=True))
+    distiller.run_epoch(2)
+    assert torch.equal(distiller.sample(6, seeding.generator("look")), expected(training=False))
+    resumed = build()
+    resumed.load_state_dict(copy.deepcopy(distiller.state_dict()))
+    assert torch.equal(resumed.sample(6, seeding.generator("look")), expected(training=False))
+
+
+# -- students and settings -----------------------------------------------------------------------------------------
+
+
+def test_a_student_with_one_header_learns_the_fused_ensemble() -> None:
+    weights = torch.rand(3, DIGITS.num_classes, generator=torch.Generator().manual_seed(0))
+    distiller = build(3, heads=1, teachers=trained_ensemble(3, weights))
+    losses = [distiller.run_epoch(epoch) for epoch in range(distiller.num_epochs)]
+    assert math.isfinite(losses[-1]["student/kl"])
+
+
+def test_another_number_of_headers_is_an_error() -> None:
+    distiller = build(3, heads=2)
+    with pytest.raises(ArchitectureError, match="2 headers for 3 teachers"):
+        distiller.run_epoch(2)
+
+
+def test_nothing_beyond_the_weights_is_disclosed() -> None:
+    assert RDSKD.needs.disclosed() == ()
+
+
+def test_the_defaults_are_the_authors_for_cifar10() -> None:
+    config = RDSKDConfig()
+    assert (config.generator_epochs, config.student_epochs, config.iterations, config.batch_size) == (20, 1000, 120, 512)
+    assert (config.generator_lr, config.student_lr, config.student_milestones, config.temperature) == (1e-3, 2e-3, (800,), 10.0)
+    assert config.generator == GeneratorConfig(latent_dim=1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0"),
+        ({"batch_size": 33}, "an even number"),
+        ({"batch_size": 2}, "at least 4"),
+        ({"temperature": 0.0}, "temperature is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_errors(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(RDSKDConfig(), **change)

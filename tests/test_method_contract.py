@@ -1,0 +1,312 @@
+"""What every method must keep: one suite over the registry, and over a test-only method with another schedule.
+
+A method that is added to ``cdfkd_strategy/methods`` is tested here without a further line; if its ``Config.toy()`` is too
+small to learn, `ENOUGH` says what it needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.config import bind, to_dict
+from cdfkd_strategy.distiller import Distiller
+from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
+from cdfkd_strategy.errors import CheckpointError, NeedsError
+from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.models.generators import GeneratorConfig
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
+from tests.methods.dense_like import DenseLike
+from tests.methods.trained_teachers import DIGITS, disagreement, tiny_net, tiny_student, trained_ensemble
+
+CLASSES: dict[str, type[Distiller]] = {**{name: get_method(name) for name in METHODS}, "dense_like": DenseLike}
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+ENOUGH: dict[str, dict[str, Any]] = {
+    "cdfkd_mfs": {"epochs": 4, "iterations": 14, "batch_size": 64, "student_lr": 0.1},
+    "deep_inversion": {"image_steps": 15, "image_batch": 100, "pool_size": 200, "iterations": 40, "batch_size": 50, "student_lr": 0.2, "temperature": 3.0},
+    "rdskd": {
+        "generator_epochs": 9,
+        "student_epochs": 10,
+        "student_milestones": (8,),
+        "iterations": 14,
+        "batch_size": 64,
+        "student_lr": 0.02,
+        "generator": GeneratorConfig(latent_dim=64, width=0.25),
+    },
+    "dense_like": {
+        "epochs": 4,
+        "generator_steps": 15,
+        "student_steps": 25,
+        "batch_size": 64,
+        "pool_size": 256,
+        "generator": GeneratorConfig(latent_dim=64, width=0.25),
+    },
+}
+"""What to change in ``Config.toy()`` until the student follows its teachers on real digits."""
+
+TOY_SECONDS = 2.0
+"""CPU seconds that a toy run may take: one on an idle core, and a core that others keep busy measures up to twice that."""
+
+ARXIV = re.compile(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}")
+
+every_method = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
+one_and_three = pytest.mark.parametrize("count", [1, 3], ids=["K=1", "K=3"])
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def run(cls: type[Distiller], teachers: TeacherEnsemble, student: nn.Module, *, device: str = "cpu", seed: int = 0, **options: Any) -> DistillResult:
+    """`distill` with the toy configuration, on one thread."""
+    engine = EngineConfig(device=device, threads=1, watch_images=0, progress=False, **options.pop("engine", {}))
+    return distill(teachers, student, cls, config=options.pop("config", cls.Config.toy()), seed=seed, engine=engine, **options)
+
+
+def build(cls: type[Distiller], count: int, *, seed: int = 0, config: Any = None, weights: Tensor | None = None) -> Distiller:
+    """A distiller on the CPU, as the engine builds it; the seed decides all initial weights and every random number."""
+    runtime = Runtime(device="cpu", threads=1)
+    student, teachers = runtime.place(tiny_student(count, seed)), runtime.place(trained_ensemble(count, weights))
+    with seeding.seeded_scope("distiller", seed):
+        return cls(teachers, student, config or cls.Config.toy(), image=DIGITS, rng=seeding.generator("distill", seed), runtime=runtime)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Bit for bit, in nested mappings and sequences of tensors and plain values."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return set(first) == set(second) and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def terms(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+# -- form ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_covers_the_registry() -> None:
+    assert set(METHODS) <= set(CLASSES)
+    assert {"cdfkd_mfs", "rdskd", "deep_inversion"} <= set(METHODS)
+    assert "dense_like" not in METHODS  # the test-only method must not leak into what users see
+
+
+@every_method
+def test_documents_itself(cls: type[Distiller]) -> None:
+    module = inspect.getdoc(inspect.getmodule(cls)) or ""
+    text = module + (inspect.getdoc(cls) or "")
+    assert ARXIV.search(text), "the docstring of the class or its module must link the paper as https://arxiv.org/abs/..."
+    assert "disclose" in text, "the docstring must say what a client discloses"
+    assert CLASSES[cls.name] is cls, "`name` is the registered name"
+
+
+@every_method
+def test_config_is_a_frozen_dataclass_of_plain_values(cls: type[Distiller]) -> None:
+    for config in (cls.Config(), cls.Config.toy()):
+        assert dataclasses.is_dataclass(config)
+        assert bind(cls.Config, to_dict(config)) == config
+        field = dataclasses.fields(config)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field, getattr(config, field))
+
+
+@every_method
+def test_no_method_inherits_from_another(cls: type[Distiller]) -> None:
+    assert cls.__bases__ == (Distiller,)
+
+
+@every_method
+@one_and_three
+def test_builds_from_defaults(cls: type[Distiller], count: int) -> None:
+    distiller = build(cls, count, config=cls.Config())
+    assert distiller.num_epochs >= 1
+    assert build(cls, count).num_epochs < distiller.num_epochs
+
+
+# -- a toy run -----------------------------------------------------------------------------------------------------
+
+
+@every_method
+@one_and_three
+@every_device
+def test_toy_run(cls: type[Distiller], count: int, device: str) -> None:
+    """Fast, finite, the student moves, and the teachers do not: weights, buffers, gradients and mode."""
+    teachers, student = trained_ensemble(count), tiny_student(count)
+    teachers_before, student_before = state_hash(teachers.state_dict()), state_hash(student.state_dict())
+    started = time.process_time()
+    result = run(cls, teachers, student, device=device)
+    spent = time.process_time() - started
+    assert result.epochs_done == len(result.history) >= 2
+    assert result.stopped_by == "schedule"
+    assert state_hash(student.state_dict()) != student_before
+    for row in result.history:
+        names = set(row) - {"epoch", "seconds"}
+        assert names
+        assert all(isinstance(row[name], float) and math.isfinite(row[name]) for name in names)
+    assert all(torch.isfinite(tensor).all() for tensor in student.state_dict().values())
+    assert state_hash(teachers.state_dict()) == teachers_before
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teachers.parameters())
+    assert not any(part.training for part in teachers.nets.modules())
+    if device == "cpu":
+        assert spent < TOY_SECONDS, f"Config.toy() took {spent:.2f} s of CPU time; accepted: under {TOY_SECONDS} s"
+
+
+@every_method
+def test_teachers_stay_frozen_when_something_else_sets_train_mode(cls: type[Distiller]) -> None:
+    distiller = build(cls, 1)
+    distiller.teachers.train()
+    before = state_hash(distiller.teachers.state_dict())
+    distiller.run_epoch(0)
+    assert state_hash(distiller.teachers.state_dict()) == before
+
+
+@every_method
+def test_class_weights_of_experts(cls: type[Distiller]) -> None:
+    """Label skew at its worst: every class is known to one teacher only, so that weights are 0 and 1."""
+    weights = torch.nn.functional.one_hot(torch.arange(DIGITS.num_classes) % 3, 3).T.float()
+    student = tiny_student(3)
+    result = run(cls, trained_ensemble(3, weights), student)
+    assert all(torch.isfinite(tensor).all() for tensor in student.state_dict().values())
+    assert all(math.isfinite(value) for row in result.history for value in row.values())
+
+
+@every_method
+@one_and_three
+@every_device
+def test_disagreement_on_real_digits_is_halved(cls: type[Distiller], count: int, device: str) -> None:
+    """The student never saw a real image, and follows its trained teachers on 500 held-out ones."""
+    teachers, student = trained_ensemble(count), tiny_student(count)
+    before = disagreement(student, teachers)
+    assert before > 0.6
+    config = dataclasses.replace(cls.Config.toy(), **ENOUGH.get(cls.name, {}))
+    run(cls, teachers, student, config=config, device=device)
+    assert disagreement(student, teachers) <= before / 2
+
+
+# -- determinism and resume ----------------------------------------------------------------------------------------
+
+
+@every_method
+def test_same_seed_same_result(cls: type[Distiller]) -> None:
+    results = [run(cls, trained_ensemble(3), tiny_student(3), seed=seed) for seed in (4, 4, 5)]
+    hashes = [state_hash(result.student.state_dict()) for result in results]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert terms(results[0].history) == terms(results[1].history)
+
+
+@every_method
+def test_randomness_comes_from_the_passed_generator_only(cls: type[Distiller]) -> None:
+    finals = []
+    for disturbance in (1, 2):
+        distiller = build(cls, 1)
+        for epoch in range(distiller.num_epochs):
+            with seeding.seeded_scope("somebody else", disturbance, epoch):
+                distiller.run_epoch(epoch)
+        finals.append(copy.deepcopy(distiller.state_dict()))
+    assert same(*finals)
+
+
+@every_method
+@one_and_three
+def test_state_dict_at_every_epoch_boundary_continues_exactly(cls: type[Distiller], count: int) -> None:
+    whole = build(cls, count)
+    states, rows = [copy.deepcopy(whole.state_dict())], []
+    for epoch in range(whole.num_epochs):
+        rows.append(whole.run_epoch(epoch))
+        states.append(copy.deepcopy(whole.state_dict()))
+    for start in range(whole.num_epochs):
+        other = build(cls, count, seed=99)  # other weights, other random numbers: everything must come from the state
+        other.load_state_dict(copy.deepcopy(states[start]))
+        assert [other.run_epoch(epoch) for epoch in range(start, whole.num_epochs)] == rows[start:]
+        assert same(other.state_dict(), states[-1])
+
+
+@every_method
+def test_a_run_stopped_at_every_epoch_and_resumed_from_disk_is_the_uninterrupted_run(cls: type[Distiller], tmp_path: Path) -> None:
+    whole = run(cls, trained_ensemble(2), tiny_student(2), out=tmp_path / "whole")
+    sessions, result = 0, None
+    while result is None or result.stopped_by != "schedule":
+        student = tiny_student(2, seed=sessions)  # a new process knows nothing but the configuration
+        result = run(cls, trained_ensemble(2), student, out=tmp_path / "parts", resume=True, engine={"max_seconds": 0.0})
+        sessions += 1
+        assert result.epochs_done == sessions
+    assert sessions == whole.epochs_done
+    assert state_hash(result.student.state_dict()) == state_hash(whole.student.state_dict())
+    assert terms(result.history) == terms(whole.history)
+
+
+@every_method
+def test_the_state_of_another_method_is_refused(cls: type[Distiller]) -> None:
+    distiller = build(cls, 1)
+    state = {**distiller.state_dict(), "discriminator": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"discriminator.*start a new run directory"):
+        distiller.load_state_dict(state)
+
+
+@every_method
+def test_looking_at_samples_changes_nothing(cls: type[Distiller]) -> None:
+    distiller = build(cls, 1)
+    for epoch in range(distiller.num_epochs):
+        distiller.run_epoch(epoch)
+        before = copy.deepcopy(distiller.state_dict())
+        images = distiller.sample(7, seeding.generator("look"))
+        assert same(distiller.state_dict(), before)
+        assert images is not None
+        assert images.shape == (7, *DIGITS.shape)
+        assert not images.requires_grad
+        assert torch.isfinite(images).all()
+        again = distiller.sample(7, seeding.generator("look"))
+        assert again is not None
+        assert torch.equal(again, images)
+
+
+# -- needs ---------------------------------------------------------------------------------------------------------
+
+
+def without_linear() -> nn.Module:
+    """A BatchNorm classifier without a linear layer, and so without features."""
+    return nn.Sequential(*list(tiny_net())[:-2], nn.Conv2d(32, DIGITS.num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def needs_or_runs(cls: type[Distiller], needed: bool, teachers: TeacherEnsemble, message: str, out: Path) -> None:
+    student = tiny_student(len(teachers))
+    before = state_hash(student.state_dict())
+    if not needed:
+        result = run(cls, teachers, student, out=out)
+        assert all(math.isfinite(value) for row in result.history for value in row.values())
+        return
+    with pytest.raises(NeedsError, match=message):
+        run(cls, teachers, student, out=out)
+    assert state_hash(student.state_dict()) == before
+    assert not (out / "checkpoint").exists()
+
+
+@every_method
+def test_batch_norm_is_needed_only_if_declared(cls: type[Distiller], tmp_path: Path) -> None:
+    nets = [*trained_ensemble(1, group_norm=True).nets]
+    if cls.needs.batch_norm:
+        nets.insert(0, trained_ensemble(1).nets[0])  # one that lacks it is enough, and is named
+    message = rf"'{cls.name}' needs BatchNorm running statistics, which teachers 1 do not have"
+    needs_or_runs(cls, cls.needs.batch_norm, TeacherEnsemble(nets, image=DIGITS), message, tmp_path / "run")
+
+
+@every_method
+def test_features_are_needed_only_if_declared(cls: type[Distiller], tmp_path: Path) -> None:
+    with seeding.seeded_scope("without linear"):
+        teachers = TeacherEnsemble([without_linear()], image=DIGITS)
+    needs_or_runs(cls, cls.needs.features, teachers, rf"'{cls.name}' needs features before a last linear layer", tmp_path / "run")
