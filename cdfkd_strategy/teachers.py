@@ -75,6 +75,7 @@ class TeacherEnsemble(nn.Module):
         self.register_buffer("weights", class_weights(uniform if weights is None else weights, len(models), image.num_classes))
         self._norms = [[m for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in self.nets]
         self._linears = [final_linear(net) for net in self.nets]
+        self.train(False)
 
     def __len__(self) -> int:
         return len(self.nets)

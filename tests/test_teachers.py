@@ -52,6 +52,7 @@ def test_fused_is_the_weighted_sum_of_log_probabilities(images: torch.Tensor) ->
 def test_teachers_stay_frozen(images: torch.Tensor) -> None:
     teachers = ensemble("small_cnn", "small_cnn")
     before = [state_hash(net.state_dict()) for net in teachers.nets]
+    assert not teachers.training
     teachers.train()
     inputs = images.requires_grad_()
     outputs = teachers.observe(inputs)

@@ -1,0 +1,163 @@
+"""The two Flower apps: what `flwr run`, SuperNodes and the in-process simulation start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import time
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.data.datasets import ImageData, load_data
+from cdfkd_strategy.errors import ConfigError, MissingExtraError
+from cdfkd_strategy.flower import client, payload
+from cdfkd_strategy.flower.run_state import STATE_FILE
+from cdfkd_strategy.flower.strategy import CDFKDStrategy
+from cdfkd_strategy.harness import Harness
+from cdfkd_strategy.provenance import peak_memory_mb
+from cdfkd_strategy.run_config import RunConfig, resolve
+from cdfkd_strategy.summary import SummaryWriter
+
+logger = logging.getLogger("flwr")
+
+_SERVER_ONLY = ("engine", "method")
+"""Parts of a configuration that clients do not need, and that may name what only the server has."""
+
+
+def make_client_app(config: RunConfig | None = None) -> ClientApp:
+    """A ClientApp that trains, evaluates and says who it is.
+
+    Args:
+        config: of the run; None takes what the server sends with every message.
+    """
+    app = ClientApp()
+
+    @app.query(payload.HELLO_ACTION)
+    def hello(message: Message, context: Context) -> Message:
+        return client.hello(message, context, config)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return client.train(message, context, config)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return client.evaluate(message, context, config)
+
+    return app
+
+
+def make_server_app(config: RunConfig | None = None, *, out: Path | None = None, resume: bool = False) -> ServerApp:
+    """A ServerApp that runs one configuration and writes its run directory.
+
+    Args:
+        config: of the run; None reads ``config``, ``overrides`` and ``out`` of ``[tool.flwr.app.config]`` when it starts
+            (an interrupted run in ``out`` is then continued).
+        out: run directory; None keeps the run in memory.
+        resume: continue the run in ``out``.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        if config is not None:
+            serve(grid, config, out, resume=resume)
+            return
+        found, directory = from_run_config(context.run_config)
+        serve(grid, found, directory, resume=directory is not None and (directory / STATE_FILE).exists())
+        _draw(found, directory)
+
+    return app
+
+
+def from_run_config(values: UserConfig) -> tuple[RunConfig, Path | None]:
+    """Configuration and run directory from the app's ``config``, ``overrides`` (space-separated key=value) and ``out``.
+
+    Raises:
+        ConfigError: ``out`` is not absolute (the server's working directory is not the app's), or the configuration is not accepted.
+    """
+    config = resolve(str(values.get("config", "digits")), shlex.split(str(values.get("overrides", ""))))
+    out = str(values.get("out", ""))
+    if out and not Path(out).is_absolute():
+        raise ConfigError(f"out is {out!r}; accepted: an absolute path, since the server does not run in your working directory, or an empty string")
+    return config, Path(out) if out else None
+
+
+def make_strategy(config: RunConfig, data: ImageData, harness: Harness, out: Path | None, *, resume: bool) -> CDFKDStrategy:
+    """The strategy of a configuration."""
+    method, method_config = config.method_config()
+    return CDFKDStrategy(
+        data.image,
+        architecture=config.clients.architectures[0],
+        architectures=config.clients.architectures,
+        student=config.student.backbone,
+        student_max_width=config.student.max_width,
+        method=method,
+        method_config=method_config,
+        weights=config.server.weights,
+        engine=config.engine,
+        seed=config.seed,
+        watch=harness.watch,
+        run_dir=out,
+        resume=resume,
+        min_teachers=config.server.min_teachers,
+        max_teacher_age=config.server.max_teacher_age,
+        broadcast=config.server.broadcast,
+        identify=True,
+        node_wait=config.server.node_wait,
+        fraction_train=config.server.fraction_train,
+        fraction_evaluate=config.server.fraction_evaluate,
+        min_train_nodes=1,
+        min_evaluate_nodes=1,
+        min_available_nodes=config.clients.count,
+    )
+
+
+def serve(grid: Grid, config: RunConfig, out: Path | None, *, resume: bool) -> CDFKDStrategy:
+    """Run one configuration on a grid, keeping ``summary.json`` up to date after every round."""
+    data = load_data(config.data, config.seed)
+    harness = Harness(config, data)
+    strategy = make_strategy(config, data, harness, out, resume=resume)
+    summary = None if out is None else SummaryWriter(out, config, resume=resume)
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:  # noqa: ARG001 - Flower's signature
+        return _examine(strategy, harness, summary, server_round)
+
+    sent = {key: value for key, value in to_dict(config).items() if key not in _SERVER_ONLY}
+    settings = ConfigRecord({payload.RUN_CONFIG: json.dumps(sent)})
+    strategy.start(grid, None, config.server.rounds, config.server.timeout, settings, settings, evaluate)
+    if summary is not None:
+        summary.finish("max_seconds" if strategy.rounds[-1].stopped_by == "max_seconds" else "schedule")
+    return strategy
+
+
+def _examine(strategy: CDFKDStrategy, harness: Harness, summary: SummaryWriter | None, server_round: int) -> MetricRecord | None:
+    """Measure everything on the global test set, and record the round."""
+    started = time.perf_counter()
+    assert strategy.teachers is not None
+    accuracy = harness.evaluate(strategy.teachers, strategy.student, single=strategy.single, attention=strategy.attention)
+    if summary is not None:
+        record, runtime = strategy.rounds[-1], strategy.session.distilled.runtime
+        seconds = {**record.seconds, "evaluate": record.seconds["evaluate"] + time.perf_counter() - started}
+        memory = peak_memory_mb("cpu" if runtime is None else runtime.device)
+        summary.round(
+            server_round, accuracy, seconds=seconds, traffic=record.bytes, peak_memory_mb=memory, runtime=None if runtime is None else runtime.to_dict()
+        )
+    found = {name: value for name, value in accuracy.items() if value is not None}
+    return MetricRecord(found) if found else None
+
+
+def _draw(config: RunConfig, out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        from cdfkd_strategy.pictures import draw_pictures
+
+        draw_pictures(out, config)
+    except MissingExtraError as error:
+        logger.info("no pictures: %s", error)

@@ -1,0 +1,104 @@
+"""The networks that clients may train: which names are accepted, the common initialisation, what an upload must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.errors import ArchitectureError, CDFKDError, UploadError
+from cdfkd_strategy.flower.arrays import from_record
+from cdfkd_strategy.local_training import initial_model
+from cdfkd_strategy.models.classifiers import ARCHITECTURES
+from cdfkd_strategy.types import ImageSpec
+
+
+class Architectures:
+    """Builds client networks by name; the default one may be the user's own.
+
+    Args:
+        default: the architecture of clients that do not name theirs: a registered name, or a function (or class)
+            without arguments that gives the network.
+        accepted: registered names that clients may name; None is all of them.
+        image: what the networks take.
+        seed: of the common initialisation.
+
+    Raises:
+        UnknownNameError: a name is not registered.
+        ArchitectureError: the default network does not give one logit per class for these images.
+    """
+
+    def __init__(self, default: str | Callable[[], nn.Module], accepted: Iterable[str] | None, image: ImageSpec, seed: int) -> None:
+        self._build = None if isinstance(default, str) else default
+        self.default = default if isinstance(default, str) else getattr(default, "__name__", "custom")
+        self.accepted = {ARCHITECTURES[name].name for name in (ARCHITECTURES if accepted is None else accepted)} | {self.default}
+        self.declared = accepted is not None
+        self.image = image
+        self.seed = seed
+        self._initial: dict[str, dict[str, Tensor]] = {}
+        if isinstance(default, str):
+            _ = ARCHITECTURES[default]
+        self._check_default()
+
+    @property
+    def several(self) -> bool:
+        """Did the user name more than one architecture? Then clients must be asked for theirs before round 1."""
+        return self.declared and len(self.accepted) > 1
+
+    def build(self, name: str | None) -> nn.Module:
+        """A freshly initialised network, the same one every time.
+
+        Raises:
+            UploadError: the name is not accepted, or the network cannot take these images.
+        """
+        name = name or self.default
+        if name not in self.accepted:
+            raise UploadError(f"the client's architecture is {name[:60]!r}; accepted: {', '.join(sorted(self.accepted))}")
+        try:
+            if self._build is None or name != self.default:
+                return initial_model(name, self.image, self.seed)
+            with seeding.seeded_scope("init", self.seed, name):
+                return self._build()
+        except CDFKDError as error:
+            raise UploadError(str(error)) from error
+
+    def initial(self, name: str | None) -> dict[str, Tensor]:
+        """The state dict of the common initialisation; also what uploads of this architecture are compared with."""
+        name = name or self.default
+        if name not in self._initial:
+            self._initial[name] = {key: tensor.clone() for key, tensor in self.build(name).state_dict().items()}
+        return self._initial[name]
+
+    def load(self, name: str | None, state: dict[str, Tensor]) -> nn.Module:
+        """The network with these weights, in eval mode."""
+        model = self.build(name)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def start_from(self, arrays: ArrayRecord) -> None:
+        """Take the user's weights as the default architecture's common initialisation.
+
+        Raises:
+            ArchitectureError: they do not fit it.
+        """
+        try:
+            self._initial[self.default] = from_record(arrays, self.initial(self.default))
+        except UploadError as error:
+            raise ArchitectureError(
+                f"initial_arrays do not fit the default architecture {self.default!r}: {error}; give an empty ArrayRecord() for a seeded one"
+            ) from error
+
+    def _check_default(self) -> None:
+        try:
+            model = self.build(self.default).eval()
+            with torch.no_grad():
+                shape = tuple(model(torch.zeros(2, *self.image.shape)).shape)
+        except (UploadError, RuntimeError, ValueError) as error:
+            raise ArchitectureError(f"the default architecture {self.default!r} cannot take images of {self.image.shape}: {error}") from error
+        if shape != (2, self.image.num_classes):
+            raise ArchitectureError(
+                f"the default architecture {self.default!r} gives {shape[1:]} for one image; accepted: ({self.image.num_classes},), one logit per class"
+            )

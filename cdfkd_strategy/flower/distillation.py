@@ -1,0 +1,194 @@
+"""From stored uploads to a student: the server's part of a round that needs no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.checkpoint import has_state, load_tensors, save_tensors
+from cdfkd_strategy.competence import estimate
+from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
+from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.flower.architectures import Architectures
+from cdfkd_strategy.flower.options import LABEL_COUNTS, Options
+from cdfkd_strategy.flower.uploads import Upload, Uploads
+from cdfkd_strategy.models.generators import sample_images
+from cdfkd_strategy.models.head_fusion import class_weights
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.single_header import distill_single_header
+from cdfkd_strategy.student_io import load_student, save_student
+from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+
+logger = logging.getLogger("flwr")
+
+SINGLE_FILE = "student-single.safetensors"
+
+
+@dataclass
+class Distilled:
+    """What the last distillation of a run gave; None before there was one."""
+
+    student: MultiHeaderStudent | None = None
+    single: MultiHeaderStudent | None = None
+    teachers: TeacherEnsemble | None = None
+    generator: nn.Module | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped_by: str | None = None
+    runtime: Runtime | None = None
+
+
+def by_slot(slots: Mapping[str, int]) -> list[str]:
+    """Client keys in the order of their header slots."""
+    return sorted(slots, key=lambda key: slots[key])
+
+
+def ensemble(uploads: Uploads, keys: Sequence[str], architectures: Architectures) -> TeacherEnsemble:
+    """The teachers of these clients, in this order, with uniform weights."""
+    models = [architectures.load(uploads[key].arch, uploads.load(key)) for key in keys]
+    specs = [TeacherSpec(key, uploads[key].arch, uploads[key].num_examples, uploads[key].sha256) for key in keys]
+    return TeacherEnsemble(models, None, image=architectures.image, specs=specs)
+
+
+def teacher_weights(teachers: TeacherEnsemble, uploads: Sequence[Upload], live: Sequence[bool], mode: str, seed: int) -> Tensor:
+    """Class weights ``[K, C]``: 0 for teachers that are too old, columns sum to 1 over the others.
+
+    Args:
+        teachers: the ensemble.
+        uploads: K, what is known of each teacher.
+        live: K, may the teacher still be used?
+        mode: a competence estimate, or "label_counts" (``n_kc / sum_k n_kc``).
+        seed: of sampling estimates.
+    """
+    if mode == LABEL_COUNTS:
+        weights = torch.tensor([upload.label_counts for upload in uploads], dtype=torch.float64)
+    else:
+        weights = estimate(teachers, teachers.image, seeding.generator("competence", seed), mode).cpu()
+        if all(live):
+            return weights
+    alive = torch.tensor(live, dtype=weights.dtype)[:, None]
+    weights = weights * alive
+    nobody = weights.sum(0) == 0  # a class without a single sample: no teacher knows it better than another
+    weights[:, nobody] = alive.expand_as(weights)[:, nobody]
+    return class_weights(weights, len(uploads), teachers.image.num_classes).float()
+
+
+def distil_round(options: Options, teachers: TeacherEnsemble, previous: MultiHeaderStudent | None, server_round: int) -> Distilled:
+    """Distil the ensemble into the last round's student, and write student and single header to the run directory.
+
+    With a run directory, an interrupted distillation of this round is continued from the engine's checkpoint.
+
+    Args:
+        options: the strategy's settings.
+        teachers: the ensemble with its class weights.
+        previous: the last round's student; None in the first.
+        server_round: from 1.
+    """
+    weights = teachers.weights.cpu().clone()
+    result = _distil(options, teachers, student_for(options, previous, len(teachers), server_round), server_round)
+    student: Any = result.student
+    done = Distilled(student, None, teachers, result.generator, result.history, result.stopped_by, result.runtime)
+    if options.broadcast == "single":
+        done.single = _single(options, done, weights, server_round)
+    if options.run_dir is not None:
+        if done.single is not None:
+            save_tensors(options.run_dir / SINGLE_FILE, done.single.state_dict())
+        save_student(options.run_dir, student, weights)
+    return done
+
+
+def read_back(options: Options) -> Distilled:
+    """The last finished distillation's student (and single header) from the run directory."""
+    assert options.run_dir is not None
+    student = load_student(options.run_dir).student
+    single = None
+    if options.broadcast == "single":
+        single = student.with_heads(1)
+        single.load_state_dict(load_tensors(options.run_dir / SINGLE_FILE))
+        single.eval()
+    return Distilled(student.eval(), single)
+
+
+def restore(options: Options, teachers: TeacherEnsemble, server_round: int) -> Distilled:
+    """What `distil_round` gave before the server was restarted; generator and history too, if the checkpoint is complete."""
+    done = read_back(options)
+    done.teachers = teachers
+    assert options.run_dir is not None
+    if options.engine.max_seconds is None and has_state(options.run_dir / "checkpoint"):
+        result = _distil(options, teachers, student_for(options, None, len(teachers), 1), server_round)  # reads the last epoch's checkpoint, runs none
+        done.generator, done.history, done.stopped_by, done.runtime = result.generator, result.history, result.stopped_by, result.runtime
+    return done
+
+
+def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStudent, server_round: int) -> DistillResult:
+    return distill(
+        teachers,
+        student,
+        options.method,
+        config=options.method_config,
+        image=options.image,
+        seed=round_seed(options.seed, server_round),
+        out=options.run_dir,
+        evaluate=None if options.watch is None else options.watch(teachers.weights.cpu().clone()),
+        engine=engine_for(options.engine, teachers),
+        resume=options.run_dir is not None,
+    )
+
+
+@torch.no_grad()
+def engine_for(engine: EngineConfig, teachers: TeacherEnsemble) -> EngineConfig:
+    """The engine's settings, without the channels-last layout where a client's network cannot take it.
+
+    (Networks that flatten their maps with ``view``, as many tutorials' do, fail on maps in that layout.)
+    """
+    if not engine.channels_last:
+        return engine
+    images = torch.zeros(2, *teachers.image.shape, device=teachers.weights.device).to(memory_format=torch.channels_last)
+    for net, spec in zip(teachers.nets, teachers.specs, strict=True):
+        try:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            net(images)
+        except RuntimeError:
+            logger.info("client %s's network cannot take images in the channels-last layout; distilling without it", spec.key)
+            teachers.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            return dataclasses.replace(engine, channels_last=False)
+    return engine
+
+
+def student_for(options: Options, previous: MultiHeaderStudent | None, heads: int, server_round: int) -> MultiHeaderStudent:
+    """The student that a round starts from: a fresh one, or the last round's with heads for the new slots."""
+    if previous is None:
+        with seeding.seeded_scope("student", options.seed):
+            return MultiHeaderStudent(options.student, heads, options.image, max_width=options.student_max_width)
+    if previous.heads == heads:
+        return previous
+    with seeding.seeded_scope("student heads", options.seed, server_round):
+        return previous.with_heads(heads)
+
+
+def round_seed(seed: int, server_round: int) -> int:
+    """The distillation's seed: the run's own in round 1, so that a one-shot run equals `distill` on the same teachers."""
+    return seed if server_round == 1 else seeding.derive_seed("round", seed, server_round)
+
+
+def _single(options: Options, done: Distilled, weights: Tensor, server_round: int) -> MultiHeaderStudent:
+    generator, runtime = done.generator, done.runtime
+    if generator is None or runtime is None or done.student is None:
+        raise ConfigError(
+            f"broadcast is 'single', but method {options.distiller.name!r} leaves no generator to distil it with; accepted with it: broadcast='heads'"
+        )
+    return distill_single_header(
+        done.student,
+        weights,
+        lambda count, rng: sample_images(generator, count, rng, runtime),
+        steps=options.single_steps,
+        rng=seeding.generator("single header", options.seed, server_round),
+        runtime=runtime,
+    )

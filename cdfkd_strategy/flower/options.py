@@ -1,0 +1,132 @@
+"""The strategy's settings: checked once, compared on resume, and listed with what they disclose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from flwr.app import MetricRecord, RecordDict
+from torch import nn
+
+from cdfkd_strategy.competence import COMPETENCE
+from cdfkd_strategy.config import bind, to_dict
+from cdfkd_strategy.distiller import Distiller
+from cdfkd_strategy.engine import EngineConfig
+from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
+from cdfkd_strategy.flower.payload import Keys
+from cdfkd_strategy.methods import get_method
+from cdfkd_strategy.types import ImageSpec
+
+LABEL_COUNTS = "label_counts"
+"""The value of ``weights`` by which clients are asked for their label counts."""
+
+MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
+
+_NO_RESULT = {"engine", "watch", "run_dir", "resume", "node_wait", "identify", "keys", "train_metrics", "evaluate_metrics", "min_available_nodes"}
+"""Settings that may differ when a run is continued: they do not change what is computed."""
+
+
+_LEAST = {"min_teachers": 1, "max_teacher_age": 0, "single_steps": 1, "min_train_nodes": 1, "min_evaluate_nodes": 0, "min_available_nodes": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `CDFKDStrategy` was given; its docstring says what each setting is.
+
+    Raises:
+        ConfigError: a value is not accepted.
+        NeedsError: the method needs something that the clients of this strategy do not send.
+    """
+
+    image: ImageSpec
+    architecture: str | Callable[[], nn.Module]
+    architectures: tuple[str, ...] | None
+    student: str
+    student_max_width: int | Literal["auto"] | None
+    method: str | type[Distiller]
+    method_config: Any
+    weights: str
+    engine: EngineConfig
+    seed: int
+    watch: Callable[..., Any] | None
+    run_dir: Path | None
+    resume: bool
+    min_teachers: int
+    max_teacher_age: int
+    broadcast: Literal["heads", "single"]
+    single_steps: int
+    identify: bool | None
+    node_wait: float
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    keys: Keys
+    train_metrics: MetricsAggregation
+    evaluate_metrics: MetricsAggregation
+
+    def __post_init__(self) -> None:
+        if self.weights != LABEL_COUNTS and self.weights not in COMPETENCE:
+            raise UnknownNameError("weights", self.weights, [*COMPETENCE, LABEL_COUNTS])
+        if self.broadcast not in ("heads", "single"):
+            raise ConfigError(f"broadcast is {self.broadcast!r}; accepted: 'heads', 'single'")
+        if not 0 < self.fraction_train <= 1 or not 0 <= self.fraction_evaluate <= 1:
+            raise ConfigError(
+                f"fraction_train is {self.fraction_train} and fraction_evaluate {self.fraction_evaluate}; "
+                "accepted: above 0 to 1 (without teachers there is no student), and 0 to 1"
+            )
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; accepted: at least {least}")
+        object.__setattr__(self, "method_config", _bound(self.distiller, self.method_config))
+        needs = self.distiller.needs
+        if needs.label_counts and self.weights != LABEL_COUNTS:
+            raise NeedsError(f"method {self.distiller.name!r} needs the clients' label counts; accepted with it: weights={LABEL_COUNTS!r}, which asks for them")
+        if needs.proxy_data or needs.aggregated_weights:
+            raise NeedsError(
+                f"method {self.distiller.name!r} needs {', '.join(needs.disclosed())}; this strategy has client weights only, choose another method"
+            )
+
+    @property
+    def distiller(self) -> type[Distiller]:
+        """The method's class."""
+        return get_method(self.method) if isinstance(self.method, str) else self.method
+
+    @property
+    def label_counts(self) -> bool:
+        """Are clients asked for their label counts?"""
+        return self.weights == LABEL_COUNTS
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values of everything on which the result depends."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NO_RESULT}
+        name = self.architecture if isinstance(self.architecture, str) else getattr(self.architecture, "__name__", "custom")
+        return {**{key: to_dict(value) for key, value in values.items()}, "method": self.distiller.name, "architecture": name}
+
+    def disclosures(self, num_rounds: int) -> list[str]:
+        """What leaves the clients, and what clients see of one another, in words."""
+        needs = self.distiller.needs
+        found = ["every client's teacher: all of its weights, architecture name and number of training samples and local metrics (to the server)"]
+        if needs.batch_norm:
+            found.append("BatchNorm running statistics, which the method needs (to the server, inside the weights)")
+        if self.label_counts:
+            found.append("label counts per class of every client (to the server; opted in by weights='label_counts')")
+        if self.fraction_evaluate > 0 and self.broadcast == "heads":
+            found.append("C+1 attention parameters, fitted on a few local samples (to the server)")
+        if num_rounds > 1 or self.fraction_evaluate > 0:
+            heads = "the student with one header per client, and the class weights of all clients (to every client)"
+            found.append(heads if self.broadcast == "heads" else "the student with a single header distilled from all (to every client)")
+        return found
+
+
+def _bound(method: type[Distiller], config: Any) -> Any:
+    if config is None:
+        return method.Config()
+    if isinstance(config, Mapping):
+        return bind(method.Config, config, "method_config")
+    if isinstance(config, method.Config):
+        return config
+    raise ConfigError(f"method_config is a {type(config).__name__}; accepted: {method.Config.__name__}, a mapping of its keys, or None")

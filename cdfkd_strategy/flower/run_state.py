@@ -1,0 +1,166 @@
+"""Where a run stands, on disk: ``state.json``. Whatever moment the server dies at, the next start continues from there.
+
+A round passes through phases, and ``state.json`` is replaced only after the files that its new phase relies on are
+whole:
+
+``uploads`` (each good upload is stored as it arrives) -> ``distilling`` (slots, teachers and class weights are fixed; the
+engine keeps its own checkpoint) -> ``distilled`` (student written) -> ``evaluated`` (round over).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from cdfkd_strategy.checkpoint import write_json
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.errors import CheckpointError
+
+Phase = Literal["uploads", "distilling", "distilled", "evaluated"]
+
+STATE_FILE = "state.json"
+FORMAT = 1
+
+
+@dataclass
+class RoundRecord:
+    """What is known of one finished or running round.
+
+    Args:
+        round: from 1.
+        seconds: spent so far on "clients", "distill" and "evaluate", restarts included.
+        bytes: "up" from and "down" to the clients so far, array payload only.
+        quarantined: client key -> why its upload was not used.
+        silent: keys of clients that were asked and did not answer.
+        train: aggregated metrics of the train replies.
+        evaluate_clients: aggregated metrics of the evaluate replies.
+        evaluate_server: metrics of ``evaluate_fn``.
+        stopped_by: what ended the distillation.
+    """
+
+    round: int
+    seconds: dict[str, float] = field(default_factory=lambda: {"clients": 0.0, "distill": 0.0, "evaluate": 0.0})
+    bytes: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
+    quarantined: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    train: dict[str, Any] | None = None
+    evaluate_clients: dict[str, Any] | None = None
+    evaluate_server: dict[str, Any] | None = None
+    stopped_by: str | None = None
+
+
+@dataclass
+class RunState:
+    """Everything that the next step depends on and that is not in a tensor file.
+
+    Args:
+        settings: the strategy's resolved settings; a resumed run must have the same.
+        round: the round in progress, from 1.
+        phase: how far it is.
+        slots: client key -> header slot.
+        teachers: per slot, the upload behind the last distillation: ``key`` and ``sha256``.
+        weights: class weights [K][C] of the last distillation.
+        attention: averaged attention parameters, or None.
+        rounds: one record per round so far.
+    """
+
+    settings: dict[str, Any]
+    round: int = 1
+    phase: Phase = "uploads"
+    slots: dict[str, int] = field(default_factory=dict)
+    teachers: list[dict[str, str]] = field(default_factory=list)
+    weights: list[list[float]] | None = None
+    attention: dict[str, Any] | None = None
+    rounds: list[RoundRecord] = field(default_factory=list)
+
+    @property
+    def record(self) -> RoundRecord:
+        """The record of the round in progress."""
+        if not self.rounds or self.rounds[-1].round != self.round:
+            self.rounds.append(RoundRecord(self.round))
+        return self.rounds[-1]
+
+
+class RunDirectory:
+    """The strategy's files in a run directory; without one, nothing is written.
+
+    Args:
+        path: the directory, or None.
+        resume: continue what is there; else it must be empty.
+
+    Raises:
+        CheckpointError: the directory is not empty and ``resume`` is False.
+    """
+
+    def __init__(self, path: Path | None, resume: bool) -> None:
+        self.path = path
+        self.resume = resume
+        if path is None:
+            return
+        if path.exists() and not resume and any(path.iterdir()):
+            raise CheckpointError(f"the run directory {path} is not empty; continue it with resume=True (--resume), or choose another one")
+        path.mkdir(parents=True, exist_ok=True)
+        for leftover in path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def open(self, settings: Mapping[str, Any]) -> RunState:
+        """The state to continue from, or a fresh one.
+
+        Raises:
+            CheckpointError: the state is broken, or of a run with other settings.
+        """
+        mine = json.loads(json.dumps(to_dict(settings)))
+        if self.path is None or not (self.path / STATE_FILE).exists():
+            return RunState(mine)
+        state = _read(self.path / STATE_FILE)
+        different = sorted(key for key in {*mine, *state.settings} if mine.get(key) != state.settings.get(key))
+        if different:
+            key = different[0]
+            raise CheckpointError(
+                f"the run in {self.path} was started with another {', '.join(different)} "
+                f"({key}: {state.settings.get(key)!r:.200} there, {mine.get(key)!r:.200} here); continue with the same settings, or start a new run directory"
+            )
+        return state
+
+    def save(self, state: RunState) -> None:
+        """Write the state; files that it relies on must be there already."""
+        if self.path is not None:
+            write_json(self.path / STATE_FILE, {"format": FORMAT, **_finite(to_dict(state))})
+
+    def clear_distillation(self, server_round: int) -> None:
+        """Before the distillation of a round: put the last round's losses aside and drop its checkpoint.
+
+        Called in phase ``uploads``, where whatever checkpoint there is belongs to an earlier round.
+        """
+        if self.path is None:
+            return
+        if server_round > 1 and (self.path / "losses.csv").exists():
+            (self.path / "losses.csv").replace(self.path / f"losses-round{server_round - 1}.csv")
+        for name in ("checkpoint", "checkpoint.new", "checkpoint.previous"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    """Clients may report NaN; strict JSON has none, so it becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _read(path: Path) -> RunState:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise ValueError("another format")
+        names = {item.name for item in fields(RunState)}
+        rounds = [RoundRecord(**record) for record in values.pop("rounds")]
+        return RunState(**{name: value for name, value in values.items() if name in names}, rounds=rounds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}); start a new run directory") from error

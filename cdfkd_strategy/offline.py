@@ -1,0 +1,136 @@
+"""The same job without Flower: train the teachers into a directory, and distil a directory of teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.competence import estimate
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.data.client_share import train_label_counts
+from cdfkd_strategy.data.datasets import ImageData, load_data
+from cdfkd_strategy.engine import distill
+from cdfkd_strategy.errors import CDFKDError, ConfigError
+from cdfkd_strategy.harness import Harness, count_weights
+from cdfkd_strategy.local_training import train_all
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
+from cdfkd_strategy.run_config import LABEL_COUNTS, RunConfig, from_values
+from cdfkd_strategy.student_io import save_student
+from cdfkd_strategy.summary import SummaryWriter
+from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers
+from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+
+logger = logging.getLogger(__name__)
+
+FIXED = ("data", "clients")
+"""Parts of a configuration that the teachers in a directory were made with; only ``data.path`` may change afterwards."""
+
+
+class Plan(NamedTuple):
+    """A distillation to do: its configuration, the teachers, and the data set to evaluate on (None if it is not at hand)."""
+
+    config: RunConfig
+    teachers: TeacherSet
+    data: ImageData | None
+
+
+def plan(directory: Path, overrides: Iterable[str]) -> Plan:
+    """Read a teacher directory and resolve what to do with it.
+
+    Args:
+        directory: what `write_teachers` wrote.
+        overrides: ``key=value`` on the directory's configuration.
+
+    Raises:
+        ConfigError: an override changes what the teachers were made with.
+    """
+    overrides = list(overrides)
+    made_with = [item for item in overrides if item.partition(".")[0] in FIXED and not item.startswith("data.path=")]
+    if made_with:
+        raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
+    teachers = load_teachers(directory)
+    config = from_values(teachers.config, overrides)
+    return Plan(config, teachers, _test_data(config, teachers) if teachers.config else None)
+
+
+def _test_data(config: RunConfig, teachers: TeacherSet) -> ImageData | None:
+    try:
+        data = load_data(config.data, teachers.seed)
+    except CDFKDError as error:
+        logger.warning("no accuracies: %s", error)
+        return None
+    if data.image != teachers.image:
+        logger.warning("no accuracies: the data set gives %s, but the teachers take %s", data.image, teachers.image)
+        return None
+    return data
+
+
+def write_teachers(config: RunConfig, out: Path) -> None:
+    """Train the teachers of round 1 as the Flower clients do, bit for bit, and write them to a directory."""
+    data = load_data(config.data, config.seed)
+    clients = config.clients
+
+    def say(partition_id: int, stats: Mapping[str, float]) -> None:
+        logger.info("client %d: %s trained on %d images, loss %.3f", partition_id, clients.architecture(partition_id), stats["num_examples"], stats["loss"])
+
+    trained = train_all(clients, data, config.data, data.image, config.seed, workers=usable_cores(), on_done=say)
+    specs = tuple(TeacherSpec(str(k), clients.architecture(k), int(teacher.stats["num_examples"])) for k, teacher in enumerate(trained))
+    counts = train_label_counts(data, config.data, clients.count, config.seed).tolist()
+    save_teachers(out, TeacherSet(specs, [teacher.model for teacher in trained], data.image, config.seed, to_dict(config), counts))
+
+
+def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
+    """Distil the teachers of a plan, evaluate, and write a run directory: summary, losses, student, generator, checkpoint.
+
+    Raises:
+        CDFKDError: whatever keeps the run from going on; the message says what to do.
+    """
+    config, teachers = work.config, work.teachers
+    name, method_config = config.method_config()
+    summary = SummaryWriter(out, config, resume=resume)
+    # the partition belongs to the teachers' seed, whatever seed the distillation has
+    harness = Harness(dataclasses.replace(config, seed=teachers.seed), work.data)
+    ensemble = TeacherEnsemble(teachers.models, teacher_weights(config, teachers), image=teachers.image, specs=teachers.specs)
+    with seeding.seeded_scope("student", config.seed):
+        student = MultiHeaderStudent(config.student.backbone, len(ensemble), teachers.image, max_width=config.student.max_width)
+    started = time.perf_counter()
+    result = distill(
+        ensemble,
+        student,
+        name,
+        config=method_config,
+        image=teachers.image,
+        seed=config.seed,
+        out=out,
+        evaluate=None if work.data is None else harness.watch(ensemble.weights),
+        engine=config.engine,
+        resume=resume,
+    )
+    distilled = time.perf_counter()
+    save_student(out, student, ensemble.weights)
+    accuracy = harness.evaluate(ensemble, student)
+    seconds = {"distill": distilled - started, "evaluate": time.perf_counter() - distilled}
+    summary.round(1, accuracy, seconds=seconds, peak_memory_mb=peak_memory_mb(result.runtime.device), runtime=result.runtime.to_dict())
+    summary.finish(result.stopped_by)
+
+
+def teacher_weights(config: RunConfig, teachers: TeacherSet) -> torch.Tensor:
+    """Class weights ``[K, C]`` of the teachers: estimated from their weights, or from label counts where that was opted for.
+
+    Raises:
+        ConfigError: label counts were opted for, but the directory has none.
+    """
+    if config.server.weights == LABEL_COUNTS:
+        if teachers.oracle_label_counts is None:
+            raise ConfigError(f"server.weights={LABEL_COUNTS}, but the teacher directory holds no label counts; use server.weights=auto")
+        return count_weights(torch.tensor(teachers.oracle_label_counts))
+    ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
+    return estimate(ensemble, teachers.image, seeding.generator("competence", config.seed), config.server.weights)

@@ -1,0 +1,135 @@
+"""Result tables, generated from committed ``summary.json`` files and never typed."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cdfkd_strategy.checkpoint import write_json, write_text
+from cdfkd_strategy.errors import CDFKDError
+from cdfkd_strategy.summary import FILE_NAME, read_summary
+
+Summary = Mapping[str, Any]
+
+MARKED = re.compile(r"(<!-- results: (?P<study>[\w.-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+"""Where a Markdown file wants the table of a study."""
+
+
+def _best_teacher(accuracy: Mapping[str, Any]) -> float | None:
+    return max((value for value in accuracy["teachers"] or [] if value is not None), default=None)
+
+
+COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
+    ("best teacher", _best_teacher),
+    ("one-shot FedAvg", lambda accuracy: accuracy["fedavg"]),
+    ("ensemble, uniform", lambda accuracy: accuracy["ensemble_uniform"]),
+    ("ensemble, estimated", lambda accuracy: accuracy["ensemble_estimated"]),
+    ("ensemble, oracle", lambda accuracy: accuracy["ensemble_oracle"]),
+    ("student, mean", lambda accuracy: accuracy["student_mean"]),
+    ("**student, merged**", lambda accuracy: accuracy["student_merged"]),
+)
+
+
+def find_results(directory: Path) -> list[dict[str, Any]]:
+    """The summaries of all finished runs in and below a folder, in the order study, cell, seed."""
+    summaries = [read_summary(path.parent) for path in sorted(directory.rglob(FILE_NAME))]
+    return sorted((item for item in summaries if item["finished"] and item["rounds"]), key=lambda item: (item["study"], item["cell"], item["seed"]))
+
+
+def collect(run_dir: Path, results: Path) -> Path:
+    """Copy the summary of a finished run to ``results/<study>/<cell>-seed<n>/summary.json``, where committed results live.
+
+    Raises:
+        CDFKDError: the run is missing or not finished.
+    """
+    summary = read_summary(run_dir)
+    if not summary["finished"]:
+        raise CDFKDError(f"the run in {run_dir} is not finished; continue it with --resume before its result is kept")
+    target = results / summary["study"] / f"{summary['cell']}-seed{summary['seed']}"
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / FILE_NAME, summary)
+    return target / FILE_NAME
+
+
+def markdown_report(summaries: Sequence[Summary]) -> str:
+    """The tables of all studies."""
+    studies = dict.fromkeys(item["study"] for item in summaries)
+    return "\n".join(f"## {study}\n\n{study_table(summaries, study)}" for study in studies)
+
+
+def study_table(summaries: Sequence[Summary], study: str) -> str:
+    """A study as Markdown: a row per cell, the mean and standard deviation over seeds of the last round, and where it was measured."""
+    mine = [item for item in summaries if item["study"] == study]
+    if not mine:
+        return "No results of this study are committed yet.\n"
+    cells = {cell: [item for item in mine if item["cell"] == cell] for cell in dict.fromkeys(item["cell"] for item in mine)}
+    head = ["cell", "seeds", "rounds", *(title for title, _ in COLUMNS), "distillation"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines += [f"| {' | '.join(_row(cell, runs))} |" for cell, runs in cells.items()]
+    hardware = dict.fromkeys(_hardware(item) for item in mine)
+    commits = dict.fromkeys(_short(item["commit"]) for item in mine)
+    note = (
+        "Accuracy on the global test set in %, last round and last epoch, mean ± standard deviation over seeds; distillation in seconds per run. "
+        f"Measured on {'; '.join(hardware)}. Commit {', '.join(commits)}."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def _row(cell: str, runs: Sequence[Summary]) -> list[str]:
+    last = [run["rounds"][-1]["accuracy"] for run in runs]
+    values = [spread([pick(accuracy) for accuracy in last]) for _, pick in COLUMNS]
+    seconds = [sum(record["seconds"]["distill"] or 0.0 for record in run["rounds"]) for run in runs]
+    rounds = "/".join(dict.fromkeys(str(run["rounds"][-1]["round"]) for run in runs))
+    return [cell, str(len(runs)), rounds, *values, f"{statistics.fmean(seconds):.0f} s"]
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Fractions as "mean ± standard deviation" in %; "-" if one of them does not exist."""
+    known = [100 * value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    if len(known) == 1:
+        return f"{known[0]:.1f}"
+    return f"{statistics.fmean(known):.1f} ± {statistics.stdev(known):.1f}"
+
+
+def _hardware(summary: Summary) -> str:
+    machine = summary["hardware"]
+    device = machine.get("gpu") if str((summary["runtime"] or {}).get("device", "")).startswith("cuda") else None
+    return f"{device or machine.get('cpu')}, {machine.get('cores')} cores"
+
+
+def _short(commit: str | None) -> str:
+    if commit is None:
+        return "unknown"
+    head, dirty, _ = commit.partition("-dirty")
+    return head[:10] + dirty
+
+
+def with_tables(text: str, summaries: Sequence[Summary]) -> str:
+    """Markdown with the tables between its markers replaced.
+
+    A table stands between ``<!-- results: STUDY -->`` and ``<!-- end of results -->``.
+    """
+    return MARKED.sub(lambda match: f"{match.group(1)}{study_table(summaries, match.group('study'))}{match.group(3)}", text)
+
+
+def rewrite_tables(path: Path, summaries: Sequence[Summary]) -> bool:
+    """Replace the tables of a Markdown file in place; says whether anything changed.
+
+    Raises:
+        CDFKDError: the file is missing, or has no markers.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CDFKDError(f"cannot read {path}: {error.strerror}") from error
+    if not MARKED.search(text):
+        raise CDFKDError(f"{path} has no place for a table; accepted: <!-- results: STUDY --> and <!-- end of results --> on lines of their own")
+    changed = with_tables(text, summaries)
+    if changed != text:
+        write_text(path, changed)
+    return changed != text

@@ -1,0 +1,1 @@
+"""The clients' Flower app."""

@@ -1,0 +1,31 @@
+"""What all tests share: one CPU thread, no network from Flower, and real images only where they are named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import cdfkd_strategy.flower  # noqa: F401 - its first act keeps Flower and Ray from phoning anybody
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect `real_data` tests unless CDFKD_DATA names the folder of the image files."""
+    if os.environ.get("CDFKD_DATA"):
+        return
+    wanting = [item for item in items if item.get_closest_marker("real_data")]
+    if wanting:
+        config.hook.pytest_deselected(items=wanting)
+        items[:] = [item for item in items if item not in wanting]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return REPOSITORY

@@ -1,0 +1,275 @@
+"""The ``cdfkd`` command as a user meets it: what is printed, what is written, and the exit status."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from cdfkd_strategy import cli, load_student
+from cdfkd_strategy.cli import running
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.data.datasets import DataConfig, load_data
+from cdfkd_strategy.methods import METHODS
+from cdfkd_strategy.run_config import resolve
+from cdfkd_strategy.summary import read_summary, validate
+
+TINY_CLIENTS = [
+    "clients.count=2",
+    "clients.epochs=1",
+    "clients.architectures=[small_cnn, small_cnn_gn]",
+    "data.train_size=200",
+    "data.test_size=60",
+    "data.partition.alpha=1.0",
+]
+TINY_METHOD = [
+    "method.epochs=2",
+    "method.iterations=2",
+    "method.student_steps=1",
+    "method.batch_size=16",
+    "method.generator.width=0.25",
+    "method.generator.latent_dim=16",
+]
+
+Outcome = SimpleNamespace
+
+
+def cdfkd(*arguments: object, capsys: pytest.CaptureFixture[str]) -> Outcome:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return Outcome(status=status, out=captured.out, err=captured.err)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher directory, trained in this process."""
+    out = tmp_path_factory.mktemp("teachers") / "t"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cdfkd_strategy.offline.usable_cores", lambda: 1)
+        assert cli.main(["teachers", "digits", *TINY_CLIENTS, *TINY_METHOD, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def distilled(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of `cdfkd distill`."""
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    assert cli.main(["distill", "--teachers", str(teachers), "--method", "cdfkd_mfs", "--student", "lenet_bn", "--out", str(out), "seed=3"]) == 0
+    return out
+
+
+# -- looking things up -------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = "import sys; from cdfkd_strategy.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    code += "print('heavy:', [name for name in ('torch', 'flwr', 'ray', 'matplotlib', 'sklearn', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert "heavy: []" in done.stdout
+    for command in ("run", "teachers", "distill", "methods", "config", "report"):
+        assert f"\n    {command}" in done.stdout
+
+
+def test_methods_lists_all_with_paper_and_disclosure(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = cdfkd("methods", capsys=capsys)
+    assert outcome.status == 0
+    for name in METHODS:
+        assert name in outcome.out
+    assert "https://arxiv.org/abs/2205.11845" in outcome.out
+    assert "built in" in outcome.out
+
+
+def test_config_prints_what_resolves_to_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    outcome = cdfkd("config", "digits", "method.epochs=3", capsys=capsys)
+    path = tmp_path / "printed.yaml"
+    path.write_text(outcome.out, encoding="utf-8")
+    assert to_dict(resolve(str(path))) == to_dict(resolve("digits", ["method.epochs=3"]))
+    assert yaml.safe_load(outcome.out)["method"]["epochs"] == 3
+    assert "digits_mixed" in cdfkd("config", capsys=capsys).out.split()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_clear_line_and_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path, teachers: Path) -> None:
+    full, missing = tmp_path / "full", tmp_path / "missing"
+    full.mkdir()
+    (full / "precious.txt").write_text("keep", encoding="utf-8")
+    cases = [
+        (["run", "digit", "--out", missing], "unknown configuration 'digit'; accepted: digits, "),
+        (["run", "digits", "method.name=best", "--out", missing], "unknown method 'best'; accepted: cdfkd_mfs"),
+        (["run", "digits", "method.epoch=1", "--out", missing], "unknown key method.epoch; accepted under method: "),
+        (["run", "digits", "--out", full], "is not empty; continue that run with --resume, or name another directory"),
+        (["run", "digits", "--out", missing, "--resume"], "there is no run directory"),
+        (["teachers", "digits", "--out", full], "is not empty"),
+        (["distill", "--teachers", full, "--out", missing], "holds no teachers.json"),
+        (["distill", "--teachers", teachers, "--method", "best", "--out", missing], "unknown method 'best'"),
+        (["distill", "--teachers", teachers, "data.partition.alpha=9", "--out", missing], "train others with `cdfkd teachers`"),
+        (["report", missing], "there is no directory"),
+        (["report", full], "there is no summary.json in or below"),
+    ]
+    for arguments, words in cases:
+        outcome = cdfkd(*arguments, capsys=capsys)
+        assert outcome.status == 2, arguments
+        assert outcome.err.startswith("cdfkd: error: "), outcome.err
+        assert words in outcome.err
+        assert outcome.err.count("\n") == 1, outcome.err
+        assert not missing.exists(), f"{arguments} left something behind"
+    assert [path.name for path in full.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "digits", "--bogus", "--out", "x"], ["run", "digits"], ["methods", "a=1"], ["run", "digits", "--out", "x", "words"], []]
+)
+def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: cdfkd" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(running, "run", seen.append)
+    assert cli.main(["run", "digits", "seed=1", "--out", "x", "method.epochs=2", "seed=4"]) == 0
+    assert seen[0].overrides == ["seed=1", "method.epochs=2", "seed=4"]
+
+
+def test_interrupting_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "run", interrupted)
+    outcome = cdfkd("run", "digits", "--out", "x", capsys=capsys)
+    assert outcome.status == 130
+    assert "--resume" in outcome.err
+
+
+# -- teachers and distill ----------------------------------------------------------------------------------------
+
+
+def test_teachers_directory_describes_itself(teachers: Path) -> None:
+    index = json.loads((teachers / "teachers.json").read_text(encoding="utf-8"))
+    assert [(entry["key"], entry["arch"]) for entry in index["teachers"]] == [("0", "small_cnn"), ("1", "small_cnn_gn")]
+    assert [sum(row) for row in index["oracle"]["label_counts"]] == [entry["num_samples"] for entry in index["teachers"]]
+    assert index["config"]["clients"]["count"] == 2
+
+
+def test_distill_writes_a_whole_run_directory(distilled: Path) -> None:
+    summary = read_summary(distilled)
+    validate(summary)
+    assert (summary["finished"], summary["stopped_by"], summary["seed"]) == (True, "schedule", 3)
+    (record,) = summary["rounds"]
+    found = record["accuracy"]
+    assert len(found["teachers"]) == len(found["student_heads"]) == 2
+    assert all(found[key] is not None for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged"))
+    assert [found[key] for key in ("fedavg", "student_single", "student_attention")] == [None] * 3, "two architectures, one round"
+    assert record["seconds"]["clients"] is None
+    assert record["bytes"] == {"up": None, "down": None}
+    assert summary["config"]["student"]["backbone"] == "lenet_bn"
+    assert summary["runtime"]["device"]
+    with (distilled / "losses.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert float(rows[-1]["test/student_merged"]) == pytest.approx(found["student_merged"], abs=1e-5)
+
+
+def test_the_accuracy_is_that_of_the_student_on_disk(distilled: Path, teachers: Path) -> None:
+    summary = read_summary(distilled)
+    data = load_data(DataConfig(train_size=200, test_size=60), 0)  # the teachers' seed, not the distillation's
+    right = (load_student(distilled)(data.x_test.float() / 255).argmax(-1) == data.y_test).double().mean()
+    assert summary["rounds"][0]["accuracy"]["student_merged"] == float(right)
+
+
+def test_pictures_are_small(distilled: Path) -> None:
+    for name in ("accuracy", "losses", "synthetic", "labels", "confusion"):
+        picture = distilled / f"{name}.png"
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert 2_000 < picture.stat().st_size < 200_000, picture
+
+
+def test_distill_again_gives_the_same_student_and_resume_changes_nothing(
+    distilled: Path, teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sha(directory: Path) -> str:
+        return hashlib.sha256((directory / "student.safetensors").read_bytes()).hexdigest()
+
+    command = ["distill", "--teachers", teachers, "--method", "cdfkd_mfs", "--student", "lenet_bn", "seed=3"]
+    assert cdfkd(*command, "--out", tmp_path / "again", capsys=capsys).status == 0
+    assert sha(tmp_path / "again") == sha(distilled)
+    outcome = cdfkd(*command, "--out", tmp_path / "again", "--resume", capsys=capsys)
+    assert outcome.status == 0
+    assert "is finished" in outcome.err
+    assert sha(tmp_path / "again") == sha(distilled)
+    other = cdfkd(*command, "method.epochs=5", "--out", tmp_path / "again", "--resume", capsys=capsys)
+    assert other.status == 2
+    assert "method.epochs=2, not 5" in other.err
+
+
+def test_report_prints_the_table_and_keeps_the_result(distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = cdfkd("report", distilled, "--keep", tmp_path, capsys=capsys)
+    assert outcome.status == 0
+    merged = read_summary(distilled)["rounds"][0]["accuracy"]["student_merged"]
+    (row,) = [line for line in outcome.out.splitlines() if "student, merged" in line]
+    assert f" {100 * merged:.1f} " in row
+    (fedavg,) = [line for line in outcome.out.splitlines() if "FedAvg" in line]
+    assert " - " in fedavg
+    assert str(distilled / "summary.json") in outcome.out
+    assert str(distilled / "synthetic.png") in outcome.out
+    kept = tmp_path / "digits" / "default-seed3"
+    assert read_summary(kept) == read_summary(distilled)
+    assert "| default | 1 | 1 |" in cdfkd("report", tmp_path, capsys=capsys).out
+
+
+def test_without_the_data_set_there_are_no_accuracies(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cdfkd_strategy import offline, pictures
+    from cdfkd_strategy.errors import DataError
+
+    def gone(*_: object) -> None:
+        raise DataError("the images are elsewhere")
+
+    monkeypatch.setattr(offline, "load_data", gone)
+    monkeypatch.setattr(pictures, "load_data", gone)
+    outcome = cdfkd("distill", "--teachers", teachers, "method.epochs=1", "--out", tmp_path / "run", capsys=capsys)
+    assert outcome.status == 0
+    assert "no accuracies: the images are elsewhere" in outcome.err
+    accuracy = read_summary(tmp_path / "run")["rounds"][0]["accuracy"]
+    assert set(accuracy.values()) == {None}
+    assert load_student(tmp_path / "run").weights.shape == (2, 10)
+
+
+def test_run_without_matplotlib_still_gives_results(distilled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    outcome = cdfkd("report", distilled, capsys=capsys)
+    assert outcome.status == 0
+    assert 'pip install "cdfkd-strategy[simulation]"' in outcome.err
+    assert "student, merged" in outcome.out
+    assert "picture:" not in outcome.out
+
+
+# -- run ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_hands_the_resolved_configuration_to_the_simulation(
+    tmp_path: Path, distilled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    simulation = SimpleNamespace(simulate=lambda config, out, *, resume: calls.append((config, out, resume)))
+    monkeypatch.setitem(sys.modules, "cdfkd_strategy.flower.simulation", simulation)
+    monkeypatch.setattr(running, "show_run", lambda out: print("shown", out))
+    assert cdfkd("run", "digits", "method.epochs=2", "--out", tmp_path / "new", capsys=capsys).out == f"shown {tmp_path / 'new'}\n"
+    (tmp_path / "begun").mkdir()
+    cdfkd("run", "digits", "--out", tmp_path / "begun", "--resume", capsys=capsys)
+    assert [(config.method["epochs"], out, resume) for config, out, resume in calls] == [
+        (2, tmp_path / "new", False),
+        (resolve("digits").method["epochs"], tmp_path / "begun", True),
+    ]
