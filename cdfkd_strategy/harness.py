@@ -5,9 +5,7 @@ Everything here is measurement. Nothing that it computes goes back into teachers
 
 from __future__ import annotations
 
-import copy
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.averaging import fedavg
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import ImageData
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
 from cdfkd_strategy.models.head_fusion import HeadAttention, class_weights, fuse
 from cdfkd_strategy.run_config import RunConfig
 from cdfkd_strategy.summary import no_accuracy
-from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+from cdfkd_strategy.teachers import TeacherEnsemble
 
 
 class Examination(NamedTuple):
@@ -171,38 +170,3 @@ def count_weights(counts: Tensor) -> Tensor:
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Counts ``[C true, C predicted]`` of predictions ``[N]`` and labels ``[N]``."""
     return torch.bincount(labels.long() * num_classes + predicted.long(), minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def fedavg(models: Sequence[nn.Module], specs: Sequence[TeacherSpec]) -> nn.Module | None:
-    """The sample-weighted average of the weights of the largest group of one architecture, BatchNorm buffers included.
-
-    All clients started from one initialisation per architecture and never received an average, so this is one-shot
-    federated averaging. Ties go to the architecture whose first client comes first; integer buffers are taken from
-    the first member.
-
-    Args:
-        models: K teachers.
-        specs: their descriptions; without any sample count all weigh the same.
-
-    Returns:
-        A new network on the CPU, in eval mode; None if the largest group has fewer than two members.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, spec in enumerate(specs):
-        groups[spec.arch].append(index)
-    members = max(groups.values(), key=len)
-    if len(members) < 2:
-        return None
-    sizes = torch.tensor([float(specs[index].num_samples) for index in members], dtype=torch.float64)
-    shares = sizes / sizes.sum() if bool((sizes > 0).all()) else torch.full_like(sizes, 1 / len(members))
-    states = [{name: tensor.detach().cpu() for name, tensor in models[index].state_dict().items()} for index in members]
-    average = {}
-    for name, first in states[0].items():
-        if first.is_floating_point():
-            stacked = torch.stack([state[name].double() for state in states])
-            average[name] = torch.tensordot(shares, stacked, dims=1).to(first.dtype)
-        else:
-            average[name] = first
-    model = copy.deepcopy(models[members[0]]).cpu()
-    model.load_state_dict(average)
-    return model.eval()

@@ -20,13 +20,13 @@ from cdfkd_strategy.engine import distill
 from cdfkd_strategy.errors import CDFKDError, ConfigError
 from cdfkd_strategy.harness import Harness, count_weights
 from cdfkd_strategy.local_training import train_all
-from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import LABEL_COUNTS, RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
 from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+from cdfkd_strategy.warm_start import first_student
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,10 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     summary = SummaryWriter(out, config, resume=resume)
     # the partition belongs to the teachers' seed, whatever seed the distillation has
     harness = Harness(dataclasses.replace(config, seed=teachers.seed), work.data)
-    ensemble = TeacherEnsemble(teachers.models, teacher_weights(config, teachers), image=teachers.image, specs=teachers.specs)
-    with seeding.seeded_scope("student", config.seed):
-        student = MultiHeaderStudent(config.student.backbone, len(ensemble), teachers.image, max_width=config.student.max_width)
+    ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
+    ensemble.weights.copy_(teacher_weights(config, teachers, ensemble))  # as they are: normalising twice would move the last bit
+    settings = config.student
+    student = first_student(settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, seed=config.seed)
     started = time.perf_counter()
     result = distill(
         ensemble,
@@ -122,7 +123,7 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     summary.finish(result.stopped_by)
 
 
-def teacher_weights(config: RunConfig, teachers: TeacherSet) -> torch.Tensor:
+def teacher_weights(config: RunConfig, teachers: TeacherSet, ensemble: TeacherEnsemble) -> torch.Tensor:
     """Class weights ``[K, C]`` of the teachers: estimated from their weights, or from label counts where that was opted for.
 
     Raises:
@@ -132,5 +133,4 @@ def teacher_weights(config: RunConfig, teachers: TeacherSet) -> torch.Tensor:
         if teachers.oracle_label_counts is None:
             raise ConfigError(f"server.weights={LABEL_COUNTS}, but the teacher directory holds no label counts; use server.weights=auto")
         return count_weights(torch.tensor(teachers.oracle_label_counts))
-    ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
     return estimate(ensemble, teachers.image, seeding.generator("competence", config.seed), config.server.weights)

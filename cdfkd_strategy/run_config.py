@@ -14,6 +14,7 @@ from cdfkd_strategy.engine import EngineConfig
 from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.warm_start import Init
 
 LABEL_COUNTS = "label_counts"
 """The value of ``server.weights`` by which clients are asked for their label counts: an explicit opt-in, and a disclosure."""
@@ -67,10 +68,12 @@ class StudentConfig:
     Args:
         backbone: an architecture name.
         max_width: channels to which wide stages are narrowed; None never; "auto" is None for the paper's layouts.
+        init: of the trunk: the "average" of the teachers of the student's own architecture, or "random" as in the paper.
     """
 
     backbone: str = "small_cnn"
     max_width: int | Literal["auto"] | None = "auto"
+    init: Init = "average"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ PACKAGE = REPOSITORY / "cdfkd_strategy"
 LEVELS = {
     "types": 0, "errors": 0, "registry": 0, "config": 0, "seeding": 0, "runtime": 0, "schedules": 0,
     "losses": 1, "models": 1, "data": 1, "checkpoint": 1, "progress": 1, "provenance": 1,
-    "teachers": 2, "competence": 2, "local_training": 2, "metrics": 2, "privacy": 2, "teacher_directory": 2, "student_io": 2, "single_header": 2,
+    "teachers": 2, "competence": 2, "local_training": 2, "metrics": 2, "teacher_directory": 2, "student_io": 2, "single_header": 2,
+    "averaging": 2, "warm_start": 2,
     "distiller": 3,
     "methods": 4, "collapse": 4,
     "engine": 5,

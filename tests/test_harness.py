@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.averaging import fedavg
 from cdfkd_strategy.data.client_share import client_share
 from cdfkd_strategy.data.datasets import ImageData
-from cdfkd_strategy.harness import Harness, confusion_matrix, count_weights, fedavg, partition_of
+from cdfkd_strategy.harness import Harness, confusion_matrix, count_weights, partition_of
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent

@@ -97,6 +97,7 @@ def make_strategy(config: RunConfig, data: ImageData, harness: Harness, out: Pat
         architectures=config.clients.architectures,
         student=config.student.backbone,
         student_max_width=config.student.max_width,
+        student_init=config.student.init,
         method=method,
         method_config=method_config,
         weights=config.server.weights,

@@ -26,6 +26,7 @@ from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.single_header import distill_single_header
 from cdfkd_strategy.student_io import load_student, save_student
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+from cdfkd_strategy.warm_start import first_student
 
 logger = logging.getLogger("flwr")
 
@@ -92,7 +93,7 @@ def distil_round(options: Options, teachers: TeacherEnsemble, previous: MultiHea
         server_round: from 1.
     """
     weights = teachers.weights.cpu().clone()
-    result = _distil(options, teachers, student_for(options, previous, len(teachers), server_round), server_round)
+    result = _distil(options, teachers, student_for(options, previous, teachers, server_round), server_round)
     student: Any = result.student
     done = Distilled(student, None, teachers, result.generator, result.history, result.stopped_by, result.runtime)
     if options.broadcast == "single":
@@ -122,7 +123,7 @@ def restore(options: Options, teachers: TeacherEnsemble, server_round: int) -> D
     done.teachers = teachers
     assert options.run_dir is not None
     if options.engine.max_seconds is None and has_state(options.run_dir / "checkpoint"):
-        result = _distil(options, teachers, student_for(options, None, len(teachers), 1), server_round)  # reads the last epoch's checkpoint, runs none
+        result = _distil(options, teachers, student_for(options, None, teachers, 1), server_round)  # reads the last epoch's checkpoint, runs none
         done.generator, done.history, done.stopped_by, done.runtime = result.generator, result.history, result.stopped_by, result.runtime
     return done
 
@@ -162,15 +163,14 @@ def engine_for(engine: EngineConfig, teachers: TeacherEnsemble) -> EngineConfig:
     return engine
 
 
-def student_for(options: Options, previous: MultiHeaderStudent | None, heads: int, server_round: int) -> MultiHeaderStudent:
+def student_for(options: Options, previous: MultiHeaderStudent | None, teachers: TeacherEnsemble, server_round: int) -> MultiHeaderStudent:
     """The student that a round starts from: a fresh one, or the last round's with heads for the new slots."""
     if previous is None:
-        with seeding.seeded_scope("student", options.seed):
-            return MultiHeaderStudent(options.student, heads, options.image, max_width=options.student_max_width)
-    if previous.heads == heads:
+        return first_student(options.student, teachers, max_width=options.student_max_width, init=options.student_init, seed=options.seed)
+    if previous.heads == len(teachers):
         return previous
     with seeding.seeded_scope("student heads", options.seed, server_round):
-        return previous.with_heads(heads)
+        return previous.with_heads(len(teachers))
 
 
 def round_seed(seed: int, server_round: int) -> int:

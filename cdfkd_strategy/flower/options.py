@@ -18,6 +18,7 @@ from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
 from cdfkd_strategy.flower.payload import Keys
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.types import ImageSpec
+from cdfkd_strategy.warm_start import Init
 
 LABEL_COUNTS = "label_counts"
 """The value of ``weights`` by which clients are asked for their label counts."""
@@ -45,6 +46,7 @@ class Options:
     architectures: tuple[str, ...] | None
     student: str
     student_max_width: int | Literal["auto"] | None
+    student_init: Init
     method: str | type[Distiller]
     method_config: Any
     weights: str

@@ -80,7 +80,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _interrupt(threads: set[threading.Thread]) -> None:
-    """Pass Ctrl-C on to the server's thread, which Flower would leave running to the end of the distillation."""
+    """End the server's thread, which Flower would leave running to the end of the distillation; `SystemExit` does so without a traceback."""
     for thread in threads:
         if thread.ident is not None and not thread.daemon:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))

@@ -26,6 +26,7 @@ from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec
+from cdfkd_strategy.warm_start import Init
 
 logger = logging.getLogger("flwr")
 
@@ -45,6 +46,7 @@ class CDFKDStrategy(Strategy):
         architectures: registered names that clients may train; None is all of them. With several, clients are asked.
         student: backbone of the student, a registered architecture.
         student_max_width: channels to which wide stages are narrowed; None never; "auto" not in the paper's layouts.
+        student_init: of the first student's trunk: the "average" of the teachers of its own architecture, or "random" as in the paper.
         method: a distillation method by name, or a `Distiller` class.
         method_config: its ``Config``, or a mapping of its keys; None is its defaults.
         weights: how much each teacher counts per class: a competence estimate ("auto", "uniform", ...) from the uploaded
@@ -92,6 +94,7 @@ class CDFKDStrategy(Strategy):
         architectures: Iterable[str] | None = None,
         student: str = "small_cnn",
         student_max_width: int | Literal["auto"] | None = "auto",
+        student_init: Init = "average",
         method: str | type[Distiller] = "cdfkd_mfs",
         method_config: Mapping[str, Any] | object | None = None,
         weights: str = "auto",
@@ -123,6 +126,7 @@ class CDFKDStrategy(Strategy):
             architectures=None if architectures is None else tuple(architectures),
             student=student,
             student_max_width=student_max_width,
+            student_init=student_init,
             method=method,
             method_config=method_config,
             weights=weights,

@@ -1,0 +1,50 @@
+"""The student of a first round: fresh headers on a trunk that is random, or already knows something."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.averaging import average_state
+from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.teachers import TeacherEnsemble
+
+logger = logging.getLogger(__name__)
+
+Init = Literal["average", "random"]
+
+
+def first_student(
+    backbone: str, teachers: TeacherEnsemble, *, max_width: int | Literal["auto"] | None = "auto", init: Init = "average", seed: int
+) -> MultiHeaderStudent:
+    """A student with one header per teacher.
+
+    The paper (CDFKD-MFS, arXiv:2205.11845) starts from random weights, ``init="random"``. In a federation there is
+    something better for free: ``init="average"``, the default, fills the trunk with the sample-weighted mean of the
+    teachers that have the student's own architecture (they started from a common initialisation, so their mean still
+    has features, even where label skew spoils its classifier). Without such a teacher it is random too. Headers are
+    always fresh. `simulations/README.md` has the comparison.
+
+    Args:
+        backbone: an architecture's name.
+        teachers: the ensemble; its specs say who has which architecture.
+        max_width: see `MultiHeaderStudent`.
+        init: "average" or "random".
+        seed: of the random part.
+
+    Raises:
+        ConfigError: another ``init``.
+    """
+    if init not in ("average", "random"):
+        raise ConfigError(f"student init is {init!r}; accepted: 'average', 'random'")
+    with seeding.seeded_scope("student", seed):
+        student = MultiHeaderStudent(backbone, len(teachers), teachers.image, max_width=max_width)
+    same = [index for index, spec in enumerate(teachers.specs) if spec.arch == backbone]
+    if init == "average" and same:
+        state = average_state([teachers.nets[index] for index in same], [teachers.specs[index].num_samples for index in same])
+        trunk = student.trunk.net
+        trunk.load_state_dict({name: state[name] for name in trunk.state_dict()})
+        logger.info("the student's trunk starts from the mean of %d teachers", len(same))
+    return student

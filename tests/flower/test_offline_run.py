@@ -1,0 +1,34 @@
+"""`cdfkd teachers` and `cdfkd distill` are the Flower run without Flower: the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cdfkd_strategy import offline
+from cdfkd_strategy.flower.apps import serve
+from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.teacher_directory import load_teachers
+from cdfkd_strategy.teachers import state_hash
+from tests.flower.memory_grid import project_grid, tiny_config
+
+
+@pytest.mark.parametrize("weights", ["auto", "label_counts"])
+def test_offline_and_flower_give_the_same_teachers_and_student(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(server={"node_wait": 0.2, "weights": weights}, clients={"architectures": ["small_cnn", "lenet_bn"]})
+    strategy = serve(project_grid(config), config, tmp_path / "flower", resume=False)
+
+    monkeypatch.setattr(offline, "usable_cores", lambda: 1)
+    offline.write_teachers(config, tmp_path / "teachers")
+    offline.distill_directory(offline.plan(tmp_path / "teachers", []), tmp_path / "offline")
+
+    teachers = load_teachers(tmp_path / "teachers")
+    assert strategy.teachers is not None
+    assert [spec.sha256 for spec in teachers.specs] == [state_hash(net.state_dict()) for net in strategy.teachers.nets]
+    for file in ("student.safetensors", "student.json"):
+        assert (tmp_path / "offline" / file).read_bytes() == (tmp_path / "flower" / file).read_bytes()
+    flower, alone = (read_summary(tmp_path / name)["rounds"][0]["accuracy"] for name in ("flower", "offline"))
+    assert flower.pop("student_attention") is not None
+    assert alone.pop("student_attention") is None
+    assert flower == alone
