@@ -32,6 +32,9 @@ Score = Callable[[nn.Module, torch.Generator], Tensor | None]
 
 COMPETENCE: Registry[Score] = Registry("competence estimate")
 
+LABEL_COUNTS = "label_counts"
+"""Not an estimate: the setting by which clients are asked for their label counts, an explicit opt-in and a disclosure."""
+
 SAMPLES = 4096
 """Feature vectors drawn per teacher by ``norm_features``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import logging
 import math
@@ -67,6 +68,10 @@ class EngineConfig:
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise ConfigError(f"engine.device is {self.device!r}, but torch sees no CUDA device; use auto or cpu")
 
+    def is_over(self, seconds: float) -> bool:
+        """Has a distillation that took so many seconds reached ``max_seconds``?"""
+        return self.max_seconds is not None and seconds >= self.max_seconds
+
     def runtime(self) -> Runtime:
         """The resolved choices for this machine."""
         return Runtime.auto(self.device, channels_last=self.channels_last, **({"threads": self.threads} if self.threads else {}))
@@ -97,6 +102,11 @@ class _Run:
     runtime: Runtime
     seed: int
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all epochs, those before a restart included."""
+        return sum(row["seconds"] for row in self.history)
 
     def save(self) -> None:
         if self.directory is not None:
@@ -156,6 +166,9 @@ def distill(
         _check_identity(saved["identity"], identity)
     if runtime is None:
         runtime = Runtime.from_dict(saved["runtime"]) if saved is not None else engine.runtime()
+    if runtime.channels_last and not teachers.accepts_channels_last():
+        logger.info("a teacher cannot take images in the channels-last layout; distilling without it")
+        runtime = dataclasses.replace(runtime, channels_last=False)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
     with seeding.threads(runtime.threads or torch.get_num_threads()):
@@ -180,6 +193,8 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
     watch = CollapseWatch(distiller, engine.watch_images, run.seed)
     with Progress(distiller.name, total, len(run.history), enabled=engine.progress) as progress:
         while (epoch := len(run.history)) < total:
+            if run.history and engine.is_over(run.seconds):  # a run that was stopped before stays stopped, unless the guard is raised
+                return "max_seconds"
             started = time.perf_counter()
             with seeding.seeded_scope("epoch", run.seed, epoch):
                 terms = dict(distiller.run_epoch(epoch))
@@ -187,8 +202,7 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
             seconds = time.perf_counter() - started
             terms.update(watch.look(epoch))
             last = epoch + 1 == total
-            spent = sum(row["seconds"] for row in run.history) + seconds
-            out_of_time = engine.max_seconds is not None and spent >= engine.max_seconds and not last
+            out_of_time = engine.is_over(run.seconds + seconds) and not last
             if evaluate is not None and (last or out_of_time or (engine.evaluate_every and (epoch + 1) % engine.evaluate_every == 0)):
                 distiller.student.eval()
                 with seeding.seeded_scope("evaluate", run.seed, epoch), torch.no_grad():
@@ -199,7 +213,7 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
                 run.save()
             progress.advance(terms)
             if out_of_time:
-                logger.warning("stopped after epoch %d of %d: %.0f s are over engine.max_seconds=%.0f", epoch + 1, total, spent, engine.max_seconds)
+                logger.warning("stopped after epoch %d of %d: %.0f s are over engine.max_seconds=%s", epoch + 1, total, run.seconds, engine.max_seconds)
                 return "max_seconds"
     return "schedule"
 

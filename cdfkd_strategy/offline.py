@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.competence import estimate
+from cdfkd_strategy.competence import LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import ImageData, load_data
@@ -21,7 +21,7 @@ from cdfkd_strategy.errors import CDFKDError, ConfigError
 from cdfkd_strategy.harness import Harness, count_weights
 from cdfkd_strategy.local_training import train_all
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
-from cdfkd_strategy.run_config import LABEL_COUNTS, RunConfig, from_values
+from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
 from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers

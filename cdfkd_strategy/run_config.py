@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cdfkd_strategy.competence import COMPETENCE
+from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
 from cdfkd_strategy.config import bind, load_yaml, override, to_dict
 from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.engine import EngineConfig
@@ -15,9 +15,6 @@ from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.warm_start import Init
-
-LABEL_COUNTS = "label_counts"
-"""The value of ``server.weights`` by which clients are asked for their label counts: an explicit opt-in, and a disclosure."""
 
 
 @dataclass(frozen=True)

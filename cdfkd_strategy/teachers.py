@@ -100,6 +100,22 @@ class TeacherEnsemble(nn.Module):
         """Do all teachers weigh the same for every class?"""
         return bool(torch.all(self.weights == self.weights[0, 0]))
 
+    @torch.no_grad()
+    def accepts_channels_last(self) -> bool:
+        """Can every teacher compute on images in the channels-last layout?
+
+        Networks that flatten their maps with ``view``, as many tutorials' do, fail on them. The answer leaves the
+        teachers in their contiguous layout if it is no.
+        """
+        images = torch.zeros(2, *self.image.shape, device=self.weights.device).to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        try:
+            self(images)
+        except RuntimeError:
+            self.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            return False
+        return True
+
     def train(self, mode: bool = True) -> TeacherEnsemble:  # noqa: ARG002 - torch's signature
         """Teachers stay in eval mode."""
         return super().train(False)

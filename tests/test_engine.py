@@ -155,6 +155,8 @@ def test_max_seconds_stops_at_an_epoch_boundary_and_says_so(tmp_path: Path, capl
     assert (result.epochs_done, result.stopped_by) == (1, "max_seconds")
     assert "stopped after epoch 1 of 4" in caplog.text
     assert result.history[0]["accuracy"] == 0.5
+    stopped = run(tmp_path, resume=True, engine={"max_seconds": 0.0})
+    assert (stopped.epochs_done, stopped.stopped_by) == (1, "max_seconds")
     assert same(run().student, run(tmp_path, resume=True).student)
 
 
@@ -175,6 +177,26 @@ def test_unknown_methods_and_devices_are_refused() -> None:
         run(cls="no_such_method")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="accepted: auto, cpu"):
         EngineConfig(device="tpu-7")
+
+
+class Flattening(nn.Module):
+    """A teacher that flattens with ``view``, which fails on maps in the channels-last layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(256, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.convolution(images).view(len(images), -1))
+
+
+def test_a_teacher_that_cannot_take_channels_last_turns_it_off() -> None:
+    torch.manual_seed(0)
+    teachers = TeacherEnsemble([Flattening()], image=IMAGE)
+    assert not teachers.accepts_channels_last()
+    result = distill(teachers, MultiHeaderStudent("small_cnn", 1, IMAGE), NoiseDistiller, engine=EngineConfig(device="cpu", progress=False))
+    assert not result.runtime.channels_last
+    assert run().runtime.channels_last
 
 
 def test_checkpoints_stay_two(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.competence import LABEL_COUNTS
 from cdfkd_strategy.data.client_share import ClientShare, client_share
 from cdfkd_strategy.data.datasets import DataConfig, ImageData, load_data
 from cdfkd_strategy.errors import ConfigError, UploadError
@@ -21,7 +22,7 @@ from cdfkd_strategy.local_training import initial_model, train_teacher
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
 from cdfkd_strategy.models.head_fusion import FusedStudent, class_weights, fit_head_attention, fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
-from cdfkd_strategy.run_config import LABEL_COUNTS, RunConfig, from_values
+from cdfkd_strategy.run_config import RunConfig, from_values
 
 TEACHER_STATE = "teacher"
 """Where a client keeps its last teacher in the context of its node, to evaluate it beside the student."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import has_state, load_tensors, save_tensors
-from cdfkd_strategy.competence import estimate
-from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
+from cdfkd_strategy.competence import LABEL_COUNTS, estimate
+from cdfkd_strategy.engine import DistillResult, distill
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.flower.architectures import Architectures
-from cdfkd_strategy.flower.options import LABEL_COUNTS, Options
+from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.uploads import Upload, Uploads
 from cdfkd_strategy.models.generators import sample_images
 from cdfkd_strategy.models.head_fusion import class_weights
@@ -122,7 +121,7 @@ def restore(options: Options, teachers: TeacherEnsemble, server_round: int) -> D
     done = read_back(options)
     done.teachers = teachers
     assert options.run_dir is not None
-    if options.engine.max_seconds is None and has_state(options.run_dir / "checkpoint"):
+    if has_state(options.run_dir / "checkpoint"):
         result = _distil(options, teachers, student_for(options, None, teachers, 1), server_round)  # reads the last epoch's checkpoint, runs none
         done.generator, done.history, done.stopped_by, done.runtime = result.generator, result.history, result.stopped_by, result.runtime
     return done
@@ -138,29 +137,9 @@ def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStu
         seed=round_seed(options.seed, server_round),
         out=options.run_dir,
         evaluate=None if options.watch is None else options.watch(teachers.weights.cpu().clone()),
-        engine=engine_for(options.engine, teachers),
+        engine=options.engine,
         resume=options.run_dir is not None,
     )
-
-
-@torch.no_grad()
-def engine_for(engine: EngineConfig, teachers: TeacherEnsemble) -> EngineConfig:
-    """The engine's settings, without the channels-last layout where a client's network cannot take it.
-
-    (Networks that flatten their maps with ``view``, as many tutorials' do, fail on maps in that layout.)
-    """
-    if not engine.channels_last:
-        return engine
-    images = torch.zeros(2, *teachers.image.shape, device=teachers.weights.device).to(memory_format=torch.channels_last)
-    for net, spec in zip(teachers.nets, teachers.specs, strict=True):
-        try:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            net(images)
-        except RuntimeError:
-            logger.info("client %s's network cannot take images in the channels-last layout; distilling without it", spec.key)
-            teachers.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            return dataclasses.replace(engine, channels_last=False)
-    return engine
 
 
 def student_for(options: Options, previous: MultiHeaderStudent | None, teachers: TeacherEnsemble, server_round: int) -> MultiHeaderStudent:

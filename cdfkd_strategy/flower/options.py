@@ -10,7 +10,7 @@ from typing import Any, Literal
 from flwr.app import MetricRecord, RecordDict
 from torch import nn
 
-from cdfkd_strategy.competence import COMPETENCE
+from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import EngineConfig
@@ -19,9 +19,6 @@ from cdfkd_strategy.flower.payload import Keys
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.types import ImageSpec
 from cdfkd_strategy.warm_start import Init
-
-LABEL_COUNTS = "label_counts"
-"""The value of ``weights`` by which clients are asked for their label counts."""
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
