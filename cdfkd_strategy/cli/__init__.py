@@ -15,9 +15,10 @@ from cdfkd_strategy.errors import CDFKDError
 
 ERROR, INTERRUPTED = 2, 130
 
-WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP reads it when torch is imported. By default its threads spin while they wait for one another, and where another
-program wants the cores, steps were seen to take thirty times as long. A user's own setting wins."""
+WAITING_THREADS = {"GOMP_SPINCOUNT": "10000"}
+"""GNU OpenMP reads it when torch is imported. By default its threads spin long while they wait for one another, and where
+another program wants the cores, steps were seen to take thirty times as long; threads that do not spin at all are slower
+than one thread. A user's own setting wins."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
