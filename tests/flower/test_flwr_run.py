@@ -15,7 +15,10 @@ import pytest
 
 from cdfkd_strategy.summary import read_summary
 
-OVERRIDES = "clients.count=2 clients.epochs=1 clients.architectures=[lenet_bn] student.backbone=lenet_bn method.epochs=1 method.iterations=2 method.batch_size=16 method.generator.width=0.125"
+OVERRIDES = (
+    "clients.count=2 clients.epochs=1 clients.architectures=[lenet_bn] student.backbone=lenet_bn "
+    "method.epochs=1 method.iterations=2 method.batch_size=16 method.generator.width=0.125"
+)
 
 
 def free_port() -> int:
