@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,10 +36,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as one safetensors file, atomically; the same tensors always give the same bytes."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors as one safetensors file, atomically; the same tensors always give the same bytes.
+
+    Give ``metadata`` one key at most: safetensors writes several in any order.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -55,6 +58,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; restore it, or start a new run directory") from error
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """What `save_tensors` was given as ``metadata``.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; restore it, or start a new run directory") from error
 

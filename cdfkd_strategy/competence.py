@@ -10,7 +10,7 @@ asking is a disclosure). Two traces of the label distribution are already in the
 
 ``auto`` multiplies the two, because their errors differ: a class that was never seen must look absent in both. The
 weights are the scores divided by their sum over the teachers. Everything here is a reconstruction of this project;
-`simulations/README.md` has the measurements.
+`simulations/LOG.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def _width(module: nn.Module) -> int | None:
 @COMPETENCE.register("row_norm")
 @torch.no_grad()
 def row_norm_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
-    """``||W_c||^4`` of the last linear layer."""
+    """``||W_c||^4`` of the last linear layer, in float64: the fourth power of absurd weights overflows in float32."""
     linear = final_linear(net)
-    return None if linear is None else torch.linalg.vector_norm(linear.weight.float().cpu(), dim=1) ** 4
+    return None if linear is None else torch.linalg.vector_norm(linear.weight.double().cpu(), dim=1) ** 4
 
 
 @COMPETENCE.register("uniform")
@@ -108,4 +108,4 @@ def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, 
             f"competence estimate {name!r} does not work for teachers {', '.join(lacking)}; use weights 'uniform', or networks that end in a linear layer"
         )
     table = torch.stack([score.expand(image.num_classes) for score in scores if score is not None])
-    return class_weights(table.clamp_min(torch.finfo(table.dtype).tiny), len(teachers), image.num_classes)
+    return class_weights(table.clamp_min(torch.finfo(table.dtype).tiny), len(teachers), image.num_classes).float()

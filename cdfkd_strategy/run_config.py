@@ -16,6 +16,9 @@ from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.warm_start import Init
 
+PATIENCE = ("node_wait", "timeout", "min_teachers")
+"""Keys of ``server`` that may differ when a run is continued: what an interrupted run is told to change."""
+
 
 @dataclass(frozen=True)
 class ServerConfig:

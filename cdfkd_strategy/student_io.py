@@ -1,4 +1,4 @@
-"""A distilled student on disk: ``student.safetensors`` (weights) and ``student.json`` (how to build and fuse it)."""
+"""A distilled student on disk: ``student.safetensors``, with how to build and fuse it inside; ``student.json`` repeats that for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.checkpoint import load_tensors, save_tensors, write_json
+from cdfkd_strategy.checkpoint import load_metadata, load_tensors, save_tensors, write_json
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.models.head_fusion import FusedStudent
@@ -18,6 +18,7 @@ from cdfkd_strategy.models.multi_header import MultiHeaderStudent, StudentSpec
 
 WEIGHTS_FILE = "student.safetensors"
 SPEC_FILE = "student.json"
+DESCRIPTION = "student"
 
 
 def save_student(run_dir: Path, student: MultiHeaderStudent, weights: Tensor | None = None) -> None:
@@ -29,9 +30,10 @@ def save_student(run_dir: Path, student: MultiHeaderStudent, weights: Tensor | N
         weights: class weights of its headers ``[K, C]``; None is uniform.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_tensors(run_dir / WEIGHTS_FILE, student.state_dict())
     rows = None if weights is None else weights.detach().double().cpu().tolist()
-    write_json(run_dir / SPEC_FILE, {"spec": to_dict(student.spec), "weights": rows})
+    description = {"spec": to_dict(student.spec), "weights": rows}
+    save_tensors(run_dir / WEIGHTS_FILE, student.state_dict(), {DESCRIPTION: json.dumps(description)})  # one file: never half a student
+    write_json(run_dir / SPEC_FILE, description)
 
 
 def load_student(run_dir: Path | str) -> FusedStudent:
@@ -48,25 +50,25 @@ def load_student(run_dir: Path | str) -> FusedStudent:
         CheckpointError: a file is missing or broken.
     """
     run_dir = Path(run_dir)
-    description = _read_description(run_dir / SPEC_FILE)
+    description = _read_description(run_dir / WEIGHTS_FILE)
     with seeding.seeded_scope("load_student"):
         student = bind(StudentSpec, description["spec"], "student").build()
     try:
         student.load_state_dict(load_tensors(run_dir / WEIGHTS_FILE))
     except RuntimeError as error:
-        raise CheckpointError(f"{run_dir / WEIGHTS_FILE} does not fit {SPEC_FILE} beside it: {error}") from error
+        raise CheckpointError(f"the weights in {run_dir / WEIGHTS_FILE} do not fit their description: {error}") from error
     weights = description["weights"]
     return FusedStudent(student, None if weights is None else torch.tensor(weights)).eval()
 
 
 def _read_description(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}: give the directory of a finished run")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(load_metadata(path)[DESCRIPTION])
         if set(description) >= {"spec", "weights"}:
             return dict(description)
         reason = "it lacks spec or weights"
-    except FileNotFoundError:
-        reason = "there is no such file: give the directory of a finished run"
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error)
+    except (KeyError, ValueError, TypeError) as error:
+        reason = f"it is missing or malformed ({error})"
     raise CheckpointError(f"cannot read the student's description {path}: {reason}")

@@ -12,7 +12,7 @@ from cdfkd_strategy.checkpoint import write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.provenance import commit, hardware, versions
-from cdfkd_strategy.run_config import RunConfig
+from cdfkd_strategy.run_config import PATIENCE, RunConfig
 
 FILE_NAME = "summary.json"
 
@@ -157,12 +157,16 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def check_same_config(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """Compare the configuration of an earlier start of a run with this one; ``engine`` may differ (it changes no result).
+    """Compare the configuration of an earlier start of a run with this one.
+
+    ``engine`` may differ (a checkpoint brings its own runtime), and so may what only says how long to wait (`PATIENCE`).
 
     Raises:
         CheckpointError: they differ; the message names the first differing key.
     """
-    mine = json.loads(json.dumps(to_dict(config)))
+    mine, saved = json.loads(json.dumps(to_dict(config))), {**saved, "server": dict(saved.get("server") or {})}
+    for key in PATIENCE:
+        saved["server"][key] = mine["server"][key]
     for key, value in mine.items():
         if key != "engine" and saved.get(key) != value:
             where, there, here = _difference(key, saved.get(key), value)

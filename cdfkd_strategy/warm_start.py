@@ -25,7 +25,7 @@ def first_student(
     something better for free: ``init="average"``, the default, fills the trunk with the sample-weighted mean of the
     teachers that have the student's own architecture (they started from a common initialisation, so their mean still
     has features, even where label skew spoils its classifier). Without such a teacher it is random too. Headers are
-    always fresh. `simulations/README.md` has the comparison.
+    always fresh. `simulations/LOG.md` has the comparison.
 
     Args:
         backbone: an architecture's name.

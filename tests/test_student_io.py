@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from cdfkd_strategy import load_student, seeding
+from cdfkd_strategy.checkpoint import load_tensors, save_tensors
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.models.head_fusion import class_weights, fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
-from cdfkd_strategy.student_io import save_student
+from cdfkd_strategy.student_io import DESCRIPTION, save_student
 from cdfkd_strategy.types import ImageSpec
 
 IMAGE = ImageSpec(1, 8, 8, 4, (0.3,), (0.2,))
@@ -51,18 +52,27 @@ def test_the_same_student_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_broken_directories_say_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"student\.json.*finished run"):
+    with pytest.raises(CheckpointError, match=r"student\.safetensors.*finished run"):
         load_student(tmp_path)
     save_student(tmp_path, student())
     description = json.loads((tmp_path / "student.json").read_text(encoding="utf-8"))
+    state = load_tensors(tmp_path / "student.safetensors")
     description["spec"]["heads"] = 2
-    (tmp_path / "student.json").write_text(json.dumps(description), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="does not fit"):
+    save_tensors(tmp_path / "student.safetensors", state, {DESCRIPTION: json.dumps(description)})
+    with pytest.raises(CheckpointError, match="do not fit"):
         load_student(tmp_path)
-    (tmp_path / "student.json").write_text("[]", encoding="utf-8")
+    save_tensors(tmp_path / "student.safetensors", state, {DESCRIPTION: "[]"})
     with pytest.raises(CheckpointError, match="lacks spec"):
         load_student(tmp_path)
-    save_student(tmp_path, student())
-    (tmp_path / "student.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"student\.safetensors"):
+    save_tensors(tmp_path / "student.safetensors", state)
+    with pytest.raises(CheckpointError, match="missing or malformed"):
         load_student(tmp_path)
+    (tmp_path / "student.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"cannot read .*student\.safetensors"):
+        load_student(tmp_path)
+
+
+def test_one_file_is_the_whole_student(tmp_path: Path) -> None:
+    save_student(tmp_path, student(), torch.ones(3))
+    (tmp_path / "student.json").unlink()  # as if the process died before it wrote that
+    assert load_student(tmp_path).student.heads == 3

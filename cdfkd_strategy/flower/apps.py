@@ -20,7 +20,7 @@ from cdfkd_strategy.flower.run_state import STATE_FILE
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.harness import Harness
 from cdfkd_strategy.provenance import peak_memory_mb
-from cdfkd_strategy.run_config import RunConfig, resolve
+from cdfkd_strategy.run_config import PATIENCE, RunConfig, resolve
 from cdfkd_strategy.summary import SummaryWriter
 
 logger = logging.getLogger("flwr")
@@ -130,10 +130,11 @@ def serve(grid: Grid, config: RunConfig, out: Path | None, *, resume: bool) -> C
         return _examine(strategy, harness, summary, server_round)
 
     sent = {key: value for key, value in to_dict(config).items() if key not in _SERVER_ONLY}
+    sent["server"] = {key: value for key, value in sent["server"].items() if key not in PATIENCE}
     settings = ConfigRecord({payload.RUN_CONFIG: json.dumps(sent)})
     strategy.start(grid, None, config.server.rounds, config.server.timeout, settings, settings, evaluate)
     if summary is not None:
-        summary.finish("max_seconds" if strategy.rounds[-1].stopped_by == "max_seconds" else "schedule")
+        summary.finish("max_seconds" if any(record.stopped_by == "max_seconds" for record in strategy.rounds) else "schedule")
     return strategy
 
 

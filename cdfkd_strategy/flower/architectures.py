@@ -9,11 +9,13 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.competence import COMPETENCE, estimate
 from cdfkd_strategy.errors import ArchitectureError, CDFKDError, UploadError
 from cdfkd_strategy.flower.arrays import from_record
 from cdfkd_strategy.local_training import initial_model
 from cdfkd_strategy.models.classifiers import ARCHITECTURES
-from cdfkd_strategy.types import ImageSpec
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec, Needs
 
 
 class Architectures:
@@ -22,7 +24,7 @@ class Architectures:
     Args:
         default: the architecture of clients that do not name theirs: a registered name, or a function (or class)
             without arguments that gives the network.
-        accepted: registered names that clients may name; None is all of them.
+        accepted: registered names that clients may name; None is the default alone.
         image: what the networks take.
         seed: of the common initialisation.
 
@@ -34,7 +36,7 @@ class Architectures:
     def __init__(self, default: str | Callable[[], nn.Module], accepted: Iterable[str] | None, image: ImageSpec, seed: int) -> None:
         self._build = None if isinstance(default, str) else default
         self.default = default if isinstance(default, str) else getattr(default, "__name__", "custom")
-        self.accepted = {ARCHITECTURES[name].name for name in (ARCHITECTURES if accepted is None else accepted)} | {self.default}
+        self.accepted = {ARCHITECTURES[name].name for name in (accepted or ())} | {self.default}
         self.declared = accepted is not None
         self.image = image
         self.seed = seed
@@ -77,6 +79,31 @@ class Architectures:
         model = self.build(name)
         model.load_state_dict(state)
         return model.eval()
+
+    @torch.no_grad()
+    def try_out(self, name: str | None, state: dict[str, Tensor], needs: Needs, weights: str) -> None:
+        """Use an upload once, before it is stored: what would end the distillation must not get that far.
+
+        Args:
+            name: its architecture.
+            state: its weights, which fit the architecture.
+            needs: of the method.
+            weights: the competence estimate that will be asked of it, or "label_counts".
+
+        Raises:
+            UploadError: its logits on noise are not finite, it lacks what the method needs, or its competence cannot be estimated.
+        """
+        teacher = TeacherEnsemble([self.load(name, state)], image=self.image)
+        try:
+            logits = teacher(torch.randn(2, *self.image.shape, generator=seeding.generator("try out")))
+            if weights in COMPETENCE:
+                estimate(teacher, self.image, seeding.generator("try out"), weights)
+        except (CDFKDError, RuntimeError) as error:
+            raise UploadError(f"the network cannot be used as a teacher: {error}") from error
+        if not bool(torch.isfinite(logits).all()):
+            raise UploadError("the network's logits on random images are not finite; accepted: weights of ordinary size")
+        if (needs.batch_norm and not all(teacher.has_batch_norm)) or (needs.features and not all(teacher.has_features)):
+            raise UploadError(f"the method needs {', '.join(needs.disclosed())} of every teacher; a {name or self.default} does not have that")
 
     def start_from(self, arrays: ArrayRecord) -> None:
         """Take the user's weights as the default architecture's common initialisation.

@@ -109,7 +109,8 @@ def train(message: Message, context: Context, config: RunConfig | None) -> Messa
     context.state[TEACHER_STATE] = arrays
     metrics = {f"train-{name}": stats[name] for name in ("loss", "accuracy", "student_kl") if name in stats}
     counts = None
-    if place.config.server.weights == LABEL_COUNTS and context.node_config.get("label-counts", True):
+    opted_in = context.node_config.get("label-counts", config is not None)  # a server's configuration alone is no consent
+    if place.config.server.weights == LABEL_COUNTS and opted_in:
         counts = torch.bincount(share.y_train, minlength=place.data.image.num_classes).tolist()
     return Message(payload.train_reply(arrays, metrics, len(share.x_train), _teacher_record(place, counts)), reply_to=message)
 

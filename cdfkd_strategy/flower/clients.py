@@ -88,6 +88,7 @@ class Clients:
             with_label_counts=self.options.label_counts,
             keys=self.options.keys,
         )
+        self.architectures.try_out(arch_of(good.identity), good.state, self.options.distiller.needs, self.options.weights)
         upload = Upload(
             key=self.roster.enter(node, good.identity).key,
             arch=arch_of(good.identity) or self.architectures.default,

@@ -22,7 +22,10 @@ from cdfkd_strategy.warm_start import Init
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
-_NO_RESULT = {"engine", "watch", "run_dir", "resume", "node_wait", "identify", "keys", "train_metrics", "evaluate_metrics", "min_available_nodes"}
+_NO_RESULT = {
+    *("engine", "watch", "run_dir", "resume", "node_wait", "identify", "keys", "train_metrics", "evaluate_metrics"),
+    *("min_teachers", "min_available_nodes"),
+}
 """Settings that may differ when a run is continued: they do not change what is computed."""
 
 

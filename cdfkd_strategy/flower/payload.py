@@ -31,6 +31,9 @@ ARCH, PARTITION_ID, NUM_CLASSES, LABEL_COUNTS = "arch", "partition-id", "num-cla
 WEIGHT, BIAS = "weight", "bias"
 R = TypeVar("R")
 
+MAX_METRICS = 64
+"""Metrics per reply, characters per name, and numbers per metric that are kept."""
+
 HELLO_ACTION = "hello"
 HELLO = f"query.{HELLO_ACTION}"
 
@@ -186,8 +189,13 @@ def _label_counts(content: RecordDict, num_classes: int) -> tuple[int, ...]:
 
 
 def finite_metrics(metrics: MetricRecord) -> dict[str, Any]:
-    """The metrics without those that are NaN or infinite."""
-    return {name: value for name, value in metrics.items() if all(math.isfinite(item) for item in (value if isinstance(value, list) else [value]))}
+    """The metrics without those that are NaN, infinite or oversized: at most `MAX_METRICS` names, and numbers in each."""
+    found: dict[str, Any] = {}
+    for name, value in metrics.items():
+        numbers = value if isinstance(value, list) else [value]
+        if len(found) < MAX_METRICS and len(name) <= MAX_METRICS and len(numbers) <= MAX_METRICS and all(map(math.isfinite, numbers)):
+            found[name] = value
+    return found
 
 
 def read_metrics(content: RecordDict, keys: Keys) -> RecordDict | None:

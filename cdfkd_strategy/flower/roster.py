@@ -53,6 +53,8 @@ class Roster:
     def forget(self, connected: Iterable[int]) -> None:
         """Drop nodes that are gone: a restarted client comes back under another id and claims its key again."""
         here = set(connected)
+        if any(node not in here for node in self._clients):  # a key is free again: whoever was refused it may ask once more
+            self._refused = {}
         self._clients = {node: client for node, client in self._clients.items() if node in here}
         self._refused = {node: reason for node, reason in self._refused.items() if node in here}
 

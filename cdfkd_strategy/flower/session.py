@@ -250,6 +250,8 @@ class Session:
             self._clock = time.monotonic()
             self.distilled = distil_round(self.options, self._teachers(), self.distilled.student, self.state.round)
             self._spent("distill")
+            spent = self.state.record.seconds
+            spent["distill"] = max(spent["distill"], sum(row["seconds"] for row in self.distilled.history))  # epochs before a restart included
             self.state.record.stopped_by = self.distilled.stopped_by
             self._advance("distilled")
         assert self.distilled.student is not None

@@ -43,7 +43,7 @@ class CDFKDStrategy(Strategy):
     Args:
         image: what teachers and student take, and the number of classes.
         architecture: of clients that do not name theirs: a registered name, or a function (or class) that gives the network.
-        architectures: registered names that clients may train; None is all of them. With several, clients are asked.
+        architectures: registered names that clients may train; None is ``architecture`` alone. With several, clients are asked.
         student: backbone of the student, a registered architecture.
         student_max_width: channels to which wide stages are narrowed; None never; "auto" not in the paper's layouts.
         student_init: of the first student's trunk: the "average" of the teachers of its own architecture, or "random" as in the paper.

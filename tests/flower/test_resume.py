@@ -31,7 +31,7 @@ APPS = [echo_app(teacher={"arch": "lenet"})] * 2 + [echo_app(teacher={"arch": "l
 
 def start(run_dir: Path, *, resume: bool = False, first_node: int = FIRST_NODE, rounds: int = ROUNDS, **choices: Any) -> tuple[CDFKDStrategy, MemoryGrid, Any]:
     grid = MemoryGrid(APPS, first_node=first_node)
-    strategy = tiny_strategy(run_dir=run_dir, resume=resume, **choices)
+    strategy = tiny_strategy(run_dir=run_dir, resume=resume, architectures=["lenet", "lenet_bn"], **choices)
     result = strategy.start(grid, num_rounds=rounds, timeout=5, evaluate_fn=lambda number, arrays: MetricRecord({"arrays": float(len(arrays)) + number}))
     return strategy, grid, result
 
@@ -128,7 +128,7 @@ def test_killed_between_distillation_and_evaluation_only_evaluates(tmp_path: Pat
 
     start(tmp_path / "whole", rounds=1)
     with pytest.raises(Mourning):
-        tiny_strategy(run_dir=tmp_path / "run").start(MemoryGrid(APPS), num_rounds=1, timeout=5, evaluate_fn=failing)
+        tiny_strategy(run_dir=tmp_path / "run", architectures=["lenet", "lenet_bn"]).start(MemoryGrid(APPS), num_rounds=1, timeout=5, evaluate_fn=failing)
     moments.arm(None)
     strategy, grid, result = start(tmp_path / "run", resume=True, rounds=1)
     assert grid.asked("train") == []
@@ -197,7 +197,7 @@ def test_other_settings_cannot_continue_a_run(choices: dict[str, Any], name: str
 
 def test_another_train_configuration_or_initialisation_cannot_continue_a_run(tmp_path: Path) -> None:
     start(tmp_path, rounds=1)
-    strategy = tiny_strategy(run_dir=tmp_path, resume=True)
+    strategy = tiny_strategy(run_dir=tmp_path, resume=True, architectures=["lenet", "lenet_bn"])
     with pytest.raises(CheckpointError, match="train_config"):
         strategy.start(MemoryGrid(APPS), num_rounds=2, train_config=ConfigRecord({"lr": 1.0}))
 
