@@ -26,7 +26,9 @@ class ServerConfig:
 
     Args:
         rounds: federated rounds.
-        weights: how the class weights [K, C] of the teachers are had: a competence estimate, or "label_counts".
+        weights: how the class weights [K, C] of the teachers are had: a competence estimate, or "label_counts",
+            to which every client must consent: by a configuration of its own (`make_client_app(config)`, as in `cdfkd run`),
+            or by ``label-counts=true`` in its node's configuration.
         min_teachers: fewer usable teachers than this end the run with an error.
         max_teacher_age: rounds for which the last teacher of a silent client is used again.
         broadcast: what later rounds send of the student: all "heads" with their weights, or a "single" distilled one.

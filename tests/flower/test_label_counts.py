@@ -11,7 +11,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import load_data
-from cdfkd_strategy.flower.apps import serve
+from cdfkd_strategy.errors import TooFewTeachersError
+from cdfkd_strategy.flower.apps import make_client_app, serve
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.flower.uploads import Upload
 from cdfkd_strategy.harness import count_weights
@@ -115,3 +116,27 @@ def _recording(put: list[Upload]) -> Any:
         original(self, upload, state)
 
     return recorded
+
+
+@pytest.mark.parametrize(("consent", "sent"), [(None, False), (True, True), (False, False)])
+def test_a_servers_configuration_alone_is_no_consent(consent: bool | None, sent: bool) -> None:
+    config = tiny_config(server={"weights": "label_counts"})
+    grid = MemoryGrid([make_client_app()] * config.clients.count)
+    replies: list[Message] = []
+
+    def keep(_: int, reply: Message) -> Message:
+        replies.append(reply)
+        return reply
+
+    grid.edit = keep
+    for node in list(grid.nodes):
+        if consent is not None:
+            grid.nodes[node][1].node_config["label-counts"] = consent
+    if sent:
+        serve(grid, config, None, resume=False)
+    else:
+        with pytest.raises(TooFewTeachersError, match="label-counts are None"):
+            serve(grid, config, None, resume=False)
+    trained = [reply for reply in replies if not reply.has_error() and "arrays" in reply.content]
+    assert trained
+    assert all(("label-counts" in reply.content["teacher"]) == sent for reply in trained)
