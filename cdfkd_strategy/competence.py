@@ -79,9 +79,9 @@ def uniform_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:  # noq
 
 @COMPETENCE.register("auto")
 def auto_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:
-    """``norm_features`` times ``row_norm``; ``row_norm`` alone where no normalisation layer fits."""
+    """``norm_features`` times ``row_norm``; where no normalisation layer fits, ``1/C`` takes the place of the former."""
     rows, features = row_norm_score(net, rng), norm_feature_score(net, rng)
-    return rows if rows is None or features is None else rows * features
+    return rows if rows is None else rows * (1 / len(rows) if features is None else features)
 
 
 def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, name: str = "auto") -> Tensor:

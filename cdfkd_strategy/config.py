@@ -129,7 +129,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     """Apply ``a.b=value`` strings (the value is read as YAML) to a nested mapping and return the new mapping.
 
     Raises:
-        ConfigError: a string has no ``=``, or a parent key holds a plain value.
+        ConfigError: a string has no ``=``, a parent key holds a plain value, or the value is not YAML.
     """
     result = json.loads(json.dumps(to_dict(values)))
     for item in overrides:
@@ -142,7 +142,10 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"override {item!r}: {parent} holds a plain value, not a mapping")
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: {text!r} is not YAML; quote it, as in name='\"...\"'") from error
     return dict(result)
 
 

@@ -62,18 +62,22 @@ class EngineConfig:
             raise ConfigError(f"engine.checkpoint_every is {self.checkpoint_every}; accepted: at least 1")
         if self.device != "auto":
             try:
-                device = torch.device(self.device)
+                torch.device(self.device)
             except RuntimeError as error:
                 raise ConfigError(f"engine.device is {self.device!r}; accepted: auto, cpu, cuda, cuda:<n>") from error
-            if device.type == "cuda" and not torch.cuda.is_available():
-                raise ConfigError(f"engine.device is {self.device!r}, but torch sees no CUDA device; use auto or cpu")
 
     def is_over(self, seconds: float) -> bool:
         """Has a distillation that took so many seconds reached ``max_seconds``?"""
         return self.max_seconds is not None and seconds >= self.max_seconds
 
     def runtime(self) -> Runtime:
-        """The resolved choices for this machine."""
+        """The resolved choices for this machine.
+
+        Raises:
+            ConfigError: a CUDA device is asked for, and torch sees none. (Reading a configuration needs no device.)
+        """
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"engine.device is {self.device!r}, but torch sees no CUDA device; use auto or cpu")
         return Runtime.auto(self.device, channels_last=self.channels_last, **({"threads": self.threads} if self.threads else {}))
 
 
@@ -193,7 +197,7 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
     watch = CollapseWatch(distiller, engine.watch_images, run.seed)
     with Progress(distiller.name, total, len(run.history), enabled=engine.progress) as progress:
         while (epoch := len(run.history)) < total:
-            if run.history and engine.is_over(run.seconds):  # a run that was stopped before stays stopped, unless the guard is raised
+            if run.history and engine.is_over(run.seconds):  # a run that was stopped before stays stopped
                 return "max_seconds"
             started = time.perf_counter()
             with seeding.seeded_scope("epoch", run.seed, epoch):

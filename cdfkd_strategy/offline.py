@@ -118,7 +118,8 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     distilled = time.perf_counter()
     save_student(out, student, ensemble.weights)
     accuracy = harness.evaluate(ensemble, student)
-    seconds = {"distill": distilled - started, "evaluate": time.perf_counter() - distilled}
+    before = sum(row["seconds"] for row in result.history)  # epochs before a restart included
+    seconds = {"distill": max(distilled - started, before), "evaluate": time.perf_counter() - distilled}
     summary.round(1, accuracy, seconds=seconds, peak_memory_mb=peak_memory_mb(result.runtime.device), runtime=result.runtime.to_dict())
     summary.finish(result.stopped_by)
 

@@ -29,7 +29,7 @@ def numpy_rng(*parts: int | str) -> np.random.Generator:
 @contextmanager
 def seeded_scope(*parts: int | str) -> Iterator[None]:
     """Seed torch's global generators inside the block (weight init, dropout, augmentation) and restore them afterwards."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(*parts))
         yield

@@ -90,3 +90,14 @@ def test_unusable_teachers_and_names_are_clear_errors() -> None:
     assert competence.estimate(teachers, IMAGE, generator("x"), "uniform").tolist() == [[1.0] * 4]
     with pytest.raises(UnknownNameError, match=r"accepted: auto, norm_features, row_norm, uniform"):
         competence.estimate(teachers, IMAGE, generator("x"), "label_counts")
+
+
+def test_teachers_with_and_without_a_normalisation_layer_are_on_one_scale() -> None:
+    with seeded_scope("scale"):
+        nets = [build_classifier("small_cnn", IMAGE), build_classifier("small_cnn", IMAGE)]
+        for module in nets[1].modules():  # the same net, but without a layer whose affine parameters could be read
+            if isinstance(module, nn.BatchNorm2d):
+                module.affine = False
+        nets[1].load_state_dict(nets[0].state_dict())
+    weights = competence.estimate(TeacherEnsemble(nets, image=IMAGE), IMAGE, generator("test"))
+    assert 0.4 < weights[0].mean() < 0.6

@@ -202,3 +202,10 @@ def test_a_teacher_that_cannot_take_channels_last_turns_it_off() -> None:
 def test_checkpoints_stay_two(tmp_path: Path) -> None:
     run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "checkpoint.previous", "losses.csv"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_configuration_for_a_gpu_can_be_read_anywhere_and_run_only_there() -> None:
+    engine = EngineConfig(device="cuda:0")
+    with pytest.raises(ConfigError, match="torch sees no CUDA device"):
+        engine.runtime()

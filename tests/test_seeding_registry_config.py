@@ -296,3 +296,9 @@ def test_image_spec_survives_json() -> None:
 def test_needs_disclose_in_field_order() -> None:
     assert Needs().disclosed() == ()
     assert Needs(label_counts=True, batch_norm=True).disclosed() == ("batch_norm", "label_counts")
+
+
+@pytest.mark.parametrize("item", ["study=[a", "cell=@x"])
+def test_an_override_that_is_not_yaml_is_a_clear_error(item: str) -> None:
+    with pytest.raises(ConfigError, match="is not YAML"):
+        override({}, [item])

@@ -113,6 +113,9 @@ class CDFKDMFSConfig:
 class CDFKDMFS(Distiller):
     """CDFKD-MFS (https://arxiv.org/abs/2205.11845); see the module's docstring for the losses and the deviations.
 
+    Attributes:
+        fused: is the fused-ensemble term in use (``mode``, resolved)?
+
     Raises:
         ArchitectureError: the student does not have one header per teacher.
     """
@@ -136,6 +139,7 @@ class CDFKDMFS(Distiller):
         super().__init__(teachers, student, config, image=image, rng=rng, runtime=runtime)
         if student.heads != len(teachers):
             raise ArchitectureError(f"a student with {student.heads} headers for {len(teachers)} teachers; cdfkd_mfs needs one header per teacher")
+        self.fused = config.mode == "fused" or (config.mode == "auto" and not teachers.is_uniform)
         self.generator = runtime.place(build_generator(image, config.generator))
         self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
@@ -144,11 +148,6 @@ class CDFKDMFS(Distiller):
     def num_epochs(self) -> int:
         """``config.epochs``."""
         return self.config.epochs
-
-    @property
-    def fused(self) -> bool:
-        """Is the fused-ensemble term in use (``mode``, resolved)?"""
-        return self.config.mode == "fused" or (self.config.mode == "auto" and not self.teachers.is_uniform)
 
     def run_epoch(self, epoch: int) -> Metrics:
         """``iterations`` times: ``student_steps`` on fresh batches, then ``generator_steps``."""
