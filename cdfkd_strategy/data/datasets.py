@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from cdfkd_strategy.data.npz_files import load_npz
 from cdfkd_strategy.data.partition import PartitionConfig
 from cdfkd_strategy.data.splits import stratified_split, stratified_subset
 from cdfkd_strategy.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
-from cdfkd_strategy.errors import ConfigError, MissingExtraError, UnknownNameError
+from cdfkd_strategy.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
 from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.seeding import numpy_rng
 from cdfkd_strategy.types import ImageSpec
@@ -39,6 +40,8 @@ class DataConfig:
         path: the image folder (``folder``), the file (``npz``), or where a named set lies or is downloaded to.
         train_size: samples of a seeded class-stratified subset of the training set; None takes all.
         test_size: the same of the test set.
+        validation_size: this many training images, the same for every seed, take the place of the test set, and no
+            client holds them: for choosing settings, so that the test images are not used for it. None tests on the test set.
         image_size: square side in pixels that images are resized to; None keeps their size.
         partition: how training samples are dealt to clients.
         local_test: fraction of every client's share that it keeps for testing, 0 to below 1.
@@ -51,6 +54,7 @@ class DataConfig:
     path: str | None = None
     train_size: int | None = None
     test_size: int | None = None
+    validation_size: int | None = None
     image_size: int | None = None
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     local_test: float = 0.1
@@ -58,7 +62,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.local_test < 1:
             raise ConfigError(f"data.local_test is {self.local_test}; accepted: a fraction from 0 to below 1")
-        for name, least in (("train_size", 1), ("test_size", 1), ("image_size", 4)):
+        for name, least in (("train_size", 1), ("test_size", 1), ("validation_size", 1), ("image_size", 4)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"data.{name} is {value}; accepted: at least {least}, or null")
@@ -82,7 +86,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         DataError: the set is missing, broken, or smaller than the subset asked for.
         MissingExtraError: ``digits`` without scikit-learn.
     """
-    arrays = _source(config)(config)
+    arrays = _hold_out(_source(config)(config), config.validation_size)
     mean, std = normalisation(_known_name(config), arrays.x_train)
     x_train, y_train, train = _subset(arrays.x_train, arrays.y_train, config.train_size, "train", seed)
     x_test, y_test, _ = _subset(arrays.x_test, arrays.y_test, config.test_size, "test", seed)
@@ -98,6 +102,24 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         image=ImageSpec(channels, height, width, len(arrays.class_names), mean, std),
         domain_train=None if arrays.domain_train is None else _tensor(arrays.domain_train[train]),
         domain_names=arrays.domain_names,
+    )
+
+
+def _hold_out(arrays: ImageArrays, size: int | None) -> ImageArrays:
+    """Validation images from the training set in place of the test set."""
+    if size is None:
+        return arrays
+    if size >= len(arrays.y_train):
+        raise DataError(f"data.validation_size is {size}, but there are {len(arrays.y_train)} training images; accepted: 1..{len(arrays.y_train) - 1}")
+    held = stratified_subset(arrays.y_train, size, numpy_rng("validation"))
+    rest = np.setdiff1d(np.arange(len(arrays.y_train)), held)
+    return dataclasses.replace(
+        arrays,
+        x_train=arrays.x_train[rest],
+        y_train=arrays.y_train[rest],
+        x_test=arrays.x_train[held],
+        y_test=arrays.y_train[held],
+        domain_train=None if arrays.domain_train is None else arrays.domain_train[rest],
     )
 
 

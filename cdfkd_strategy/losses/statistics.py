@@ -21,10 +21,25 @@ def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
         inputs: its input ``[B, channels, H, W]``.
     """
     values = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-    variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    return torch.linalg.vector_norm(mean - norm.running_mean) + torch.linalg.vector_norm(variance - norm.running_var)
+    variance, shift = _moments_about(values, norm.running_mean)
+    return torch.linalg.vector_norm(shift) + torch.linalg.vector_norm(variance - norm.running_var)
+
+
+def _moments_about(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance ``[C]`` and mean minus ``centre`` ``[C]`` over all but the channels.
+
+    Channels-last maps are summed by a matrix product: torch's ``var_mean`` takes four times as long on them. Values are
+    first centred, because ``E[v^2] - E[v]^2`` loses the digits of a mean far from zero.
+    """
+    if values.is_contiguous():
+        variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+        return variance, mean - centre
+    rows = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) - centre
+    share = rows.new_full((1, len(rows)), 1 / len(rows))
+    shift, square = (share @ rows)[0], (share @ rows.square())[0]
+    return square - shift.square(), shift
 
 
 def batch_norm_loss(bn: Sequence[Tensor | None], first_layer_weight: float = 5.0) -> Tensor:

@@ -44,6 +44,17 @@ def test_the_split_does_not_depend_on_the_seed_and_the_subset_does() -> None:
         assert abs(int((first.y_train == label).sum()) - 200 * int((full[0].y_train == label).sum()) / 1438) < 1
 
 
+def test_validation_images_come_from_the_training_set_and_nobody_holds_them() -> None:
+    plain = load_data(DataConfig(), seed=0)
+    held = load_data(DataConfig(validation_size=300), seed=0)
+    rows = {part: Counter(x.numpy().tobytes() for x in images) for part, images in (("all", plain.x_train), ("train", held.x_train), ("held", held.x_test))}
+    assert rows["train"] + rows["held"] == rows["all"]  # so none of them is a test image, and none is used twice
+    assert len(held.x_test) == len(held.y_test) == 300
+    assert torch.equal(held.x_test, load_data(DataConfig(validation_size=300, train_size=100), seed=1).x_test)
+    with pytest.raises(DataError, match=r"there are 1438 training images; accepted: 1\.\.1437"):
+        load_data(DataConfig(validation_size=1438), seed=0)
+
+
 def test_images_can_be_resized() -> None:
     data = load_data(DataConfig(image_size=16, train_size=20), seed=0)
     assert data.image.shape == (1, 16, 16)
@@ -85,7 +96,7 @@ def test_a_missing_extra_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bad_settings_say_what_is_accepted() -> None:
-    for bad in ({"local_test": 1.0}, {"local_test": -0.1}, {"train_size": 0}, {"test_size": 0}, {"image_size": 2}):
+    for bad in ({"local_test": 1.0}, {"local_test": -0.1}, {"train_size": 0}, {"test_size": 0}, {"validation_size": 0}, {"image_size": 2}):
         with pytest.raises(ConfigError, match="accepted"):
             DataConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"1\.\.1438"):

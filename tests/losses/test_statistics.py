@@ -30,6 +30,20 @@ def test_against_numpy_on_random_batches() -> None:
     assert batch_norm_distance(norm, torch.tensor(values)).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_both_memory_layouts_give_the_same_distance_and_gradient(offset: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    norm = nn.BatchNorm2d(5)
+    norm.running_mean = torch.randn(5, generator=rng) + offset
+    values = torch.randn(16, 5, 6, 4, generator=rng) * 2 + offset
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = values.contiguous(memory_format=layout).requires_grad_()
+        distance = batch_norm_distance(norm, images)
+        found.append((distance.detach(), torch.autograd.grad(distance, images)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 def test_the_loss_weights_the_first_layer_and_averages_over_teachers_with_batch_norm() -> None:
     bn = (torch.tensor([1.0, 2.0, 3.0]), None, torch.tensor([10.0]))
     assert batch_norm_loss(bn).item() == pytest.approx(((5 * 1 + 2 + 3) + 5 * 10) / 2)
@@ -43,8 +57,10 @@ def test_teachers_without_batch_norm_are_an_error() -> None:
 
 def test_gradcheck_in_double() -> None:
     norm = nn.BatchNorm2d(3).double()
-    images = torch.randn(4, 3, 2, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda values: batch_norm_distance(norm, values), (images,))
+    images = torch.randn(4, 3, 2, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        values = images.contiguous(memory_format=layout).requires_grad_()
+        assert torch.autograd.gradcheck(lambda given: batch_norm_distance(norm, given), (values,))
 
 
 def test_half_precision_is_raised() -> None:

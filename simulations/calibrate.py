@@ -1,0 +1,123 @@
+"""Try settings of a study on held-out training images, so that its test images stay unseen.
+
+    python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml [--only SUBSTRING] [--threads N]
+
+Every federation is trained once; then every competence score of a grid is compared with the oracle's weights, and every
+candidate is distilled. Runs lie in runs/calibration, are kept, and are not repeated; the tables go to
+simulations/results/calibration/<name>-{competence,distillation}.csv, with the commit in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.competence import norm_feature_score, row_norm_score
+from cdfkd_strategy.data.datasets import load_data
+from cdfkd_strategy.harness import count_weights
+from cdfkd_strategy.metrics.accuracy import accuracy, predict
+from cdfkd_strategy.models.head_fusion import class_weights, fuse
+from cdfkd_strategy.offline import distill_directory, plan, write_teachers
+from cdfkd_strategy.provenance import commit
+from cdfkd_strategy.run_config import resolve
+from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.teacher_directory import load_teachers
+from cdfkd_strategy.teachers import TeacherEnsemble
+
+RUNS = Path("runs/calibration")
+RESULTS = Path(__file__).parent / "results" / "calibration"
+FEATURE_POWERS = (0.0, 0.5, 1.0, 2.0)
+ROW_POWERS = (0.0, 1.0, 2.0, 3.0)
+"""Powers of ``norm_features`` and of ``row_norm`` (which is itself the fourth power of a norm)."""
+
+
+def main() -> None:
+    """Train, compare, distil, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--only", default="", help="distil only candidates whose federation/candidate contains this")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; two runs of one thread side by side finish sooner than two in turn")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    todo = yaml.safe_load(args.plan.read_text())
+    federations = {(base, seed): teachers_of(base, seed, todo["validation_size"]) for base in todo["competence"] for seed in todo["seeds"]}
+    write_table(todo["name"], "competence", list(competence_rows(federations)))
+    for (base, seed), candidate in itertools.product(itertools.product(todo["distillation"], todo["distillation_seeds"]), todo["candidates"]):
+        if args.only in f"{base}/{candidate}":
+            overrides = [*todo["common"], *todo["candidates"][candidate], f"engine.threads={args.threads}"]
+            distil(federations[base, seed], candidate, overrides)
+    write_table(todo["name"], "distillation", list(distillation_rows(federations)))
+
+
+def teachers_of(base: str, seed: int, validation_size: int) -> Path:
+    """The teacher directory of a federation, trained if it is not there."""
+    directory = RUNS / f"{base.replace('/', '-')}-seed{seed}"
+    if not (directory / "teachers.json").exists():
+        write_teachers(resolve(base, [f"seed={seed}", f"data.validation_size={validation_size}"]), directory)
+    return directory
+
+
+def competence_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[str, Any]]:
+    """One row per federation and score: the accuracy of the ensemble with these weights, and of its oracle."""
+    for (base, seed), directory in federations.items():
+        found = load_teachers(directory)
+        data = load_data(resolve(base, [f"data.validation_size={found.config['data']['validation_size']}"]).data, seed)
+        ensemble = TeacherEnsemble(found.models, image=found.image, specs=found.specs)
+        logits = predict(ensemble, data.x_test, data.image)
+        rng = seeding.generator("competence", seed)
+        rows = torch.stack([row for net in ensemble.nets if (row := row_norm_score(net, rng)) is not None]).double()
+        scores = [norm_feature_score(net, rng) for net in ensemble.nets]
+        uniform = torch.full((data.image.num_classes,), 1 / data.image.num_classes)
+        features = torch.stack([uniform if score is None else score for score in scores]).double()
+        oracle = count_weights(torch.tensor(found.oracle_label_counts))
+        best = accuracy(fuse(logits, oracle), data.y_test)
+        for (a, b), scaled in itertools.product(itertools.product(FEATURE_POWERS, ROW_POWERS), (False, True)):
+            sized = rows / rows.mean(1, keepdim=True) if scaled else rows
+            table = class_weights(features**a * sized**b, len(ensemble), data.image.num_classes).float()
+            estimated = accuracy(fuse(logits, table), data.y_test)
+            yield {"federation": base, "seed": seed, "feature_power": a, "row_power": b, "rows_over_mean": scaled, "estimated": estimated, "oracle": best}
+
+
+def distil(teachers: Path, candidate: str, overrides: list[str]) -> None:
+    """Distil one candidate, unless its run is finished; an interrupted one goes on."""
+    out = teachers / "distilled" / candidate.replace(" ", "_")
+    if (out / "summary.json").exists() and read_summary(out)["finished"]:
+        return
+    print(f"== {out}: {' '.join(overrides)}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    distill_directory(plan(teachers, overrides), out, resume=True)
+    (out / "candidate.json").write_text(json.dumps({"candidate": candidate, "overrides": overrides}))
+
+
+def distillation_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[str, Any]]:
+    """One row per federation and finished candidate."""
+    for (base, seed), directory in federations.items():
+        for file in sorted(directory.glob("distilled/*/candidate.json")):
+            about, summary = json.loads(file.read_text()), read_summary(file.parent)
+            last = summary["rounds"][-1]
+            row = {"federation": base, "seed": seed, "candidate": about["candidate"], "overrides": " ".join(about["overrides"])}
+            row |= {key: last["accuracy"][key] for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged")}
+            yield row | {"seconds": round(last["seconds"]["distill"]), "commit_of_run": summary["commit"]}
+
+
+def write_table(name: str, what: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as CSV; accuracies are fractions."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / f"{name}-{what}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "commit"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} | {"commit": commit()} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
