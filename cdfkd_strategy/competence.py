@@ -4,13 +4,17 @@ Under label skew a uniform ensemble is the bottleneck (methods that ask clients 
 asking is a disclosure). Two traces of the label distribution are already in the uploaded weights:
 
 - ``norm_features``: features drawn from the affine parameters of the last normalisation layer, a Gaussian with mean
-  ``beta`` and standard deviation ``|gamma|``, through ReLU and the last linear layer; the mean softmax is close to the
-  class frequencies the teacher was trained on.
+  ``beta`` and standard deviation ``|gamma|``, through ReLU and the last linear layer; the mean softmax ``F_kc`` is close
+  to the class frequencies the teacher was trained on.
 - ``row_norm``: the classifier rows of classes that a teacher has seen more often are longer: ``||W_c||^4``.
 
-``auto`` multiplies the two, because their errors differ: a class that was never seen must look absent in both. The
-weights are the scores divided by their sum over the teachers. Everything here is a reconstruction of this project;
-`simulations/LOG.md` has the measurements.
+``auto`` is ``sqrt(N_k F_kc) ||W_c||``: with the number of samples ``N_k`` that every Flower reply carries, ``N_k F_kc`` is
+one estimate of the count and ``||W_c||^2`` grows like another; this is their geometric mean. Sharper scores fail where a
+client has hardly more than one class: its teacher is sure of that class on every image, and only the small weights of
+the other teachers can contradict it in `fuse`.
+
+The weights are the scores divided by their sum over the teachers. Everything here is a reconstruction of this project,
+chosen on held-out training images; `simulations/LOG.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec
 
-Score = Callable[[nn.Module, torch.Generator], Tensor | None]
-"""One teacher to its class scores ``[C]``, or None if the teacher lacks what the estimate needs."""
+Score = Callable[[nn.Module, int, torch.Generator], Tensor | None]
+"""A teacher and its number of training samples to its class scores ``[C]``, or None if it lacks what the estimate needs."""
 
 COMPETENCE: Registry[Score] = Registry("competence estimate")
 
@@ -41,7 +45,7 @@ SAMPLES = 4096
 
 @COMPETENCE.register("norm_features")
 @torch.no_grad()
-def norm_feature_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:
+def norm_feature_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
     """Mean softmax of features drawn from the last affine BatchNorm or GroupNorm layer as wide as the classifier's input."""
     linear = final_linear(net)
     norms = [m for m in net.modules() if linear is not None and _width(m) == linear.in_features]
@@ -65,30 +69,34 @@ def _width(module: nn.Module) -> int | None:
 
 @COMPETENCE.register("row_norm")
 @torch.no_grad()
-def row_norm_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
+def row_norm_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
     """``||W_c||^4`` of the last linear layer, in float64: the fourth power of absurd weights overflows in float32."""
     linear = final_linear(net)
     return None if linear is None else torch.linalg.vector_norm(linear.weight.double().cpu(), dim=1) ** 4
 
 
 @COMPETENCE.register("uniform")
-def uniform_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
+def uniform_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
     """Every class the same; works for every teacher."""
     return torch.ones(())
 
 
 @COMPETENCE.register("auto")
-def auto_score(net: nn.Module, rng: torch.Generator) -> Tensor | None:
-    """``norm_features`` times ``row_norm``; where no normalisation layer fits, ``1/C`` takes the place of the former."""
-    rows, features = row_norm_score(net, rng), norm_feature_score(net, rng)
-    return rows if rows is None else rows * (1 / len(rows) if features is None else features)
+def auto_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:
+    """``sqrt(N_k F_kc) ||W_c||``; where no normalisation layer fits, ``F_kc`` is the row norms' share, ``||W_c||^4 / sum_c ||W_c||^4``."""
+    rows, features = row_norm_score(net, samples, rng), norm_feature_score(net, samples, rng)
+    if rows is None:
+        return None
+    frequencies = rows / rows.sum() if features is None else features.to(rows)
+    return (samples * frequencies).sqrt() * rows**0.25
 
 
 def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, name: str = "auto") -> Tensor:
     """Class weights of the teachers, from their weights alone.
 
     Args:
-        teachers: the ensemble; its own ``weights`` are ignored.
+        teachers: the ensemble; its own ``weights`` are ignored. Where the number of samples of a teacher is not known
+            (0 in its spec), all count as equally many.
         image: gives ``C``.
         rng: randomness of sampling estimates (a CPU generator).
         name: a name in `COMPETENCE`.
@@ -101,7 +109,8 @@ def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, 
         NeedsError: a teacher lacks what the estimate needs.
     """
     score_of = COMPETENCE[name]
-    scores = [score_of(net, rng) for net in teachers.nets]
+    counts = [spec.num_samples for spec in teachers.specs]
+    scores = [score_of(net, count if min(counts) > 0 else 1, rng) for net, count in zip(teachers.nets, counts, strict=True)]
     lacking = [spec.key for spec, score in zip(teachers.specs, scores, strict=True) if score is None]
     if lacking:
         raise NeedsError(

@@ -1,9 +1,9 @@
 """Try settings of a study on held-out training images, so that its test images stay unseen.
 
-    python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml [--only SUBSTRING] [--threads N]
+    python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml {competence,distillation} [--only SUBSTRING ...] [--threads N]
 
-Every federation is trained once; then every competence score of a grid is compared with the oracle's weights, and every
-candidate is distilled. Runs lie in runs/calibration, are kept, and are not repeated; the tables go to
+Every federation is trained once. ``competence`` compares the scores of a grid with the oracle's weights, ``distillation``
+distils every candidate. Runs lie in runs/calibration, are kept, and are not repeated; the tables go to
 simulations/results/calibration/<name>-{competence,distillation}.csv, with the commit in every row.
 """
 
@@ -35,28 +35,34 @@ from cdfkd_strategy.teachers import TeacherEnsemble
 
 RUNS = Path("runs/calibration")
 RESULTS = Path(__file__).parent / "results" / "calibration"
-FEATURE_POWERS = (0.0, 0.5, 1.0, 2.0)
-ROW_POWERS = (0.0, 1.0, 2.0, 3.0)
-"""Powers of ``norm_features`` and of ``row_norm`` (which is itself the fourth power of a norm)."""
+FEATURE_POWERS = (0.25, 0.5, 0.75, 1.0)
+ROW_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0)
+COUNT_POWERS = (0.0, 0.5, 0.75, 1.0)
+"""Scores tried: ``F_kc^a ||W_c||^b N_k^d`` (see `cdfkd_strategy.competence`)."""
 
 
 def main() -> None:
     """Train, compare, distil, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
-    parser.add_argument("--only", default="", help="distil only candidates whose federation/candidate contains this")
+    parser.add_argument("what", choices=["competence", "distillation"])
+    parser.add_argument("--only", nargs="*", default=[""], help="distil only candidates whose federation/candidate contains one of these")
     parser.add_argument("--threads", type=int, default=0, help="of torch; two runs of one thread side by side finish sooner than two in turn")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     todo = yaml.safe_load(args.plan.read_text())
-    federations = {(base, seed): teachers_of(base, seed, todo["validation_size"]) for base in todo["competence"] for seed in todo["seeds"]}
-    write_table(todo["name"], "competence", list(competence_rows(federations)))
-    for (base, seed), candidate in itertools.product(itertools.product(todo["distillation"], todo["distillation_seeds"]), todo["candidates"]):
-        if args.only in f"{base}/{candidate}":
+    name, size = todo["name"], todo["validation_size"]
+    if args.what == "competence":
+        federations = {(base, seed): teachers_of(base, seed, size) for base in todo["competence"] for seed in todo["competence_seeds"]}
+        write_table(name, args.what, list(competence_rows(federations)))
+        return
+    federations = {(base, seed): teachers_of(base, seed, size) for base in todo["distillation"] for seed in todo["distillation_seeds"]}
+    for (base, seed), candidate in itertools.product(federations, todo["candidates"]):
+        if any(part in f"{base}/{candidate}" for part in args.only):
             overrides = [*todo["common"], *todo["candidates"][candidate], f"engine.threads={args.threads}"]
             distil(federations[base, seed], candidate, overrides)
-    write_table(todo["name"], "distillation", list(distillation_rows(federations)))
+    write_table(name, args.what, list(distillation_rows(federations)))
 
 
 def teachers_of(base: str, seed: int, validation_size: int) -> Path:
@@ -75,17 +81,17 @@ def competence_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[s
         ensemble = TeacherEnsemble(found.models, image=found.image, specs=found.specs)
         logits = predict(ensemble, data.x_test, data.image)
         rng = seeding.generator("competence", seed)
-        rows = torch.stack([row for net in ensemble.nets if (row := row_norm_score(net, rng)) is not None]).double()
-        scores = [norm_feature_score(net, rng) for net in ensemble.nets]
+        rows = torch.stack([row for net in ensemble.nets if (row := row_norm_score(net, 1, rng)) is not None]).double() ** 0.25
+        scores = [norm_feature_score(net, 1, rng) for net in ensemble.nets]
         uniform = torch.full((data.image.num_classes,), 1 / data.image.num_classes)
-        features = torch.stack([uniform if score is None else score for score in scores]).double()
+        features = torch.stack([uniform if score is None else score for score in scores]).double().clamp_min(1e-30)
+        counts = torch.tensor([[spec.num_samples] for spec in found.specs]).double()
         oracle = count_weights(torch.tensor(found.oracle_label_counts))
         best = accuracy(fuse(logits, oracle), data.y_test)
-        for (a, b), scaled in itertools.product(itertools.product(FEATURE_POWERS, ROW_POWERS), (False, True)):
-            sized = rows / rows.mean(1, keepdim=True) if scaled else rows
-            table = class_weights(features**a * sized**b, len(ensemble), data.image.num_classes).float()
+        for a, b, d in itertools.product(FEATURE_POWERS, ROW_POWERS, COUNT_POWERS):
+            table = class_weights(features**a * rows**b * counts**d, len(ensemble), data.image.num_classes).float()
             estimated = accuracy(fuse(logits, table), data.y_test)
-            yield {"federation": base, "seed": seed, "feature_power": a, "row_power": b, "rows_over_mean": scaled, "estimated": estimated, "oracle": best}
+            yield {"federation": base, "seed": seed, "feature_power": a, "row_power": b, "count_power": d, "estimated": estimated, "oracle": best}
 
 
 def distil(teachers: Path, candidate: str, overrides: list[str]) -> None:

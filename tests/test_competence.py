@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +12,9 @@ from torch import nn
 from cdfkd_strategy import competence
 from cdfkd_strategy.errors import NeedsError, UnknownNameError
 from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.seeding import generator, seeded_scope
-from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
 from cdfkd_strategy.types import ImageSpec
 
 IMAGE = ImageSpec(1, 8, 8, 4)
@@ -50,9 +54,46 @@ def test_row_norm_is_the_fourth_power_of_the_row_length() -> None:
         linear.weight.zero_()
         linear.weight[0, :2] = torch.tensor([3.0, 4.0])
         linear.weight[1, 5] = 2.0
-    score = competence.row_norm_score(net, generator("unused"))
+    score = competence.row_norm_score(net, 1, generator("unused"))
     assert score is not None
     assert score.tolist() == pytest.approx([625.0, 16.0])
+
+
+def test_auto_is_the_geometric_mean_of_two_estimates_of_the_class_counts() -> None:
+    norm, linear = nn.BatchNorm1d(2), nn.Linear(2, 2)
+    with torch.no_grad():
+        norm.weight.zero_()  # every drawn feature is relu(beta) = (1, 0)
+        norm.bias.copy_(torch.tensor([1.0, -1.0]))
+        linear.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        linear.bias.zero_()
+    frequency = 1 / (1 + math.exp(-3.0))
+    expected = [math.sqrt(90 * frequency * 25), math.sqrt(90 * (1 - frequency) * 4)]
+    score = competence.auto_score(nn.Sequential(norm, linear), 90, generator("x"))
+    assert score is not None
+    assert score.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("counts", "expected"), [((100, 400), 1 / 3), ((0, 400), 1 / 2)])
+def test_auto_weighs_by_the_root_of_the_sample_counts_if_all_are_known(counts: tuple[int, int], expected: float) -> None:
+    with seeded_scope("counts"):
+        net = build_classifier("small_cnn", IMAGE)
+    specs = [TeacherSpec(str(k), "small_cnn", count) for k, count in enumerate(counts)]
+    teachers = TeacherEnsemble([net, copy.deepcopy(net)], image=IMAGE, specs=specs)
+    assert competence.estimate(teachers, IMAGE, generator("test"))[0].mean().item() == pytest.approx(expected, abs=0.02)
+
+
+def test_a_teacher_of_one_class_does_not_own_it_alone() -> None:
+    """It is sure of its class on every image; the others must be able to contradict it."""
+    nets = [trained_on((0,), "small_cnn", 0), trained_on((0, 1, 2, 3), "small_cnn", 1)]
+    teachers = TeacherEnsemble(nets, image=IMAGE)
+    weights = competence.estimate(teachers, IMAGE, generator("test"))
+    assert weights[0, 0] > 0.5
+    images = torch.zeros(4, 1, 8, 8)
+    for label in range(4):
+        row, column = divmod(label, 2)
+        images[label, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 2
+    with torch.no_grad():
+        assert fuse(teachers(images), weights).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_norm_features_converge_to_the_expected_softmax() -> None:
@@ -62,7 +103,7 @@ def test_norm_features_converge_to_the_expected_softmax() -> None:
         norm.bias.fill_(0.3)
         linear.weight[:, 0] = torch.tensor([2.0, -1.0])
         linear.bias.zero_()
-    score = competence.norm_feature_score(nn.Sequential(norm, linear), generator("samples"))
+    score = competence.norm_feature_score(nn.Sequential(norm, linear), 1, generator("samples"))
     grid = torch.linspace(-6, 6, 20001, dtype=torch.double)
     density = torch.exp(-(grid**2) / 2)
     share = torch.sigmoid(3 * torch.relu(0.3 + 0.5 * grid))
@@ -74,8 +115,8 @@ def test_norm_features_converge_to_the_expected_softmax() -> None:
 
 def test_norm_features_needs_a_layer_as_wide_as_the_classifier() -> None:
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 5), nn.Linear(5, 2))
-    assert competence.norm_feature_score(net, generator("x")) is None
-    assert competence.auto_score(net, generator("x")) is not None
+    assert competence.norm_feature_score(net, 1, generator("x")) is None
+    assert competence.auto_score(net, 1, generator("x")) is not None
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
