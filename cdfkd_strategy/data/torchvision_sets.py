@@ -1,9 +1,21 @@
-"""torchvision's classification sets by name, with torchvision's own download, decoded once into the cache."""
+"""torchvision's image classification sets by name, with torchvision's own download, decoded once into the cache.
+
+`TORCHVISION_SETS` has every set of ``torchvision.datasets`` that gives one picture and one class. What torchvision does not
+download (any more) is read from files that lie where its documentation wants them. Classes without a picture are left out
+(EMNIST's letters have one, CLEVR's numbers of objects begin at 3). Not here:
+
+- ImageFolder, DatasetFolder: that is ``data.name=folder``. LSUNClass: one class of LSUN. FakeData: noise.
+- CelebA: forty yes-or-no attributes per face, and in every split other people. LFWPairs, PhotoTour: pairs of pictures.
+- CocoCaptions, Flickr8k, Flickr30k, SBU: captions. CocoDetection, VOCDetection, Kitti, WIDERFace: boxes.
+- VOCSegmentation, Cityscapes, SBDataset: masks. Kinetics, HMDB51, UCF101, MovingMNIST: videos.
+- KittiFlow, Sintel, FlyingChairs, FlyingThings3D, HD1K: motion. Kitti2012Stereo, Kitti2015Stereo, CarlaStereo, CREStereo,
+  Middlebury2014Stereo, FallingThingsStereo, SceneFlowStereo, SintelStereo, InStereo2k, ETH3DStereo: depth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +33,8 @@ from cdfkd_strategy.errors import ConfigError, DataError, MissingExtraError
 from cdfkd_strategy.seeding import numpy_rng
 
 TEST_FRACTION = 0.2
+BROUGHT_ALONG = ("scipy", "sklearn")
+"""Packages that the simulation extra installs."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,9 @@ class TorchvisionSet:
         test: keyword arguments of the test part; None where there is no official split: stratified 80/20, seed 1.
         grey: one channel.
         sized: all pictures have one size; others need ``data.image_size``.
+        local: torchvision does not download it.
+        files: attribute that lists the pictures' files, where torchvision takes them in whatever order the disk gives them:
+            they are sorted, so that every machine deals the same pictures to the same client.
     """
 
     cls: str
@@ -40,14 +57,30 @@ class TorchvisionSet:
     test: Mapping[str, Any] | None
     grey: bool = False
     sized: bool = True
+    # not shown, because the representation is part of the cache's key and these do not change what is stored
+    local: bool = field(default=False, repr=False)
+    files: str | None = field(default=None, repr=False)
 
 
 def _flag(cls: str, grey: bool = False) -> TorchvisionSet:
     return TorchvisionSet(cls, ({"train": True},), {"train": False}, grey)
 
 
-def _splits(cls: str, *train: str, test: str = "test", sized: bool = False) -> TorchvisionSet:
-    return TorchvisionSet(cls, tuple({"split": name} for name in train), {"split": test}, sized=sized)
+def _splits(cls: str, *train: str, test: str = "test", grey: bool = False, sized: bool = False, local: bool = False) -> TorchvisionSet:
+    return TorchvisionSet(cls, tuple({"split": name} for name in train), {"split": test}, grey, sized, local)
+
+
+def _emnist(split: str) -> TorchvisionSet:
+    return TorchvisionSet("EMNIST", ({"split": split, "train": True},), {"split": split, "train": False}, grey=True)
+
+
+def _whole(cls: str, arguments: Mapping[str, Any] | None = None, **how: Any) -> TorchvisionSet:
+    """A set without an official split."""
+    return TorchvisionSet(cls, (arguments or {},), None, **how)
+
+
+def _inaturalist(train: str, test: str | None = None) -> TorchvisionSet:
+    return TorchvisionSet("INaturalist", ({"version": train},), None if test is None else {"version": test}, sized=False, files="index")
 
 
 TORCHVISION_SETS: Mapping[str, TorchvisionSet] = {
@@ -55,15 +88,22 @@ TORCHVISION_SETS: Mapping[str, TorchvisionSet] = {
     "fashion_mnist": _flag("FashionMNIST", grey=True),
     "kmnist": _flag("KMNIST", grey=True),
     "qmnist": _flag("QMNIST", grey=True),
-    "emnist": TorchvisionSet("EMNIST", ({"split": "balanced", "train": True},), {"split": "balanced", "train": False}, grey=True),
+    "emnist": _emnist("balanced"),
+    "emnist_byclass": _emnist("byclass"),
+    "emnist_bymerge": _emnist("bymerge"),
+    "emnist_digits": _emnist("digits"),
+    "emnist_letters": _emnist("letters"),
+    "emnist_mnist": _emnist("mnist"),
     "usps": _flag("USPS", grey=True),
+    "semeion": _whole("SEMEION", grey=True),
+    "omniglot": _whole("Omniglot", {"background": True}, grey=True),
     "cifar10": _flag("CIFAR10"),
     "cifar100": _flag("CIFAR100"),
     "svhn": _splits("SVHN", "train", sized=True),
     "stl10": _splits("STL10", "train", sized=True),
-    "caltech101": TorchvisionSet("Caltech101", ({},), None, sized=False),
-    "caltech256": TorchvisionSet("Caltech256", ({},), None, sized=False),
-    "eurosat": TorchvisionSet("EuroSAT", ({},), None),
+    "caltech101": _whole("Caltech101", sized=False),
+    "caltech256": _whole("Caltech256", sized=False),
+    "eurosat": _whole("EuroSAT"),
     "flowers102": _splits("Flowers102", "train", "val"),
     "oxford_pets": _splits("OxfordIIITPet", "trainval"),
     "food101": _splits("Food101", "train"),
@@ -72,6 +112,21 @@ TORCHVISION_SETS: Mapping[str, TorchvisionSet] = {
     "fgvc_aircraft": _splits("FGVCAircraft", "trainval"),
     "country211": _splits("Country211", "train", "valid"),
     "imagenette": _splits("Imagenette", "train", test="val"),
+    "imagenet": _splits("ImageNet", "train", test="val", local=True),
+    "places365": TorchvisionSet("Places365", ({"split": "train-standard", "small": True},), {"split": "val", "small": True}),
+    "sun397": _whole("SUN397", sized=False, files="_image_files"),
+    "lsun": TorchvisionSet("LSUN", ({"classes": "train"},), {"classes": "val"}, sized=False, local=True),
+    "inaturalist2017": _inaturalist("2017"),
+    "inaturalist2018": _inaturalist("2018"),
+    "inaturalist2019": _inaturalist("2019"),
+    "inaturalist2021": _inaturalist("2021_train", "2021_valid"),
+    "inaturalist2021_mini": _inaturalist("2021_train_mini", "2021_valid"),
+    "stanford_cars": _splits("StanfordCars", "train", local=True),
+    "pcam": _splits("PCAM", "train", "val", sized=True),
+    "clevr": _splits("CLEVRClassification", "train", test="val", sized=True),
+    "rendered_sst2": _splits("RenderedSST2", "train", "val", sized=True),
+    "fer2013": _splits("FER2013", "train", grey=True, sized=True, local=True),
+    "lfw_people": _whole("LFWPeople", {"split": "10fold"}, local=True),
 }
 
 
@@ -102,22 +157,22 @@ def load_torchvision(name: str, root: Path, image_size: int | None) -> ImageArra
 def _decode(name: str, source: TorchvisionSet, root: Path, image_size: int | None, folder: Path) -> None:
     opened = [_open(name, source, root, arguments) for arguments in source.train]
     class_names = _class_names(opened[0])
-    train: Any = ConcatDataset(opened)
+    train: Any = ConcatDataset([_ordered(part, source) for part in opened])
     if source.test is None:
         labels = np.array([label for _, label in _samples(train)], np.int64)
         split = stratified_split(labels, TEST_FRACTION, numpy_rng("torchvision_split", 1))
         train, test = Subset(train, split.train.tolist()), Subset(train, split.test.tolist())
     else:
-        test = _open(name, source, root, source.test)
-    labels_seen: list[NDArray[np.int64]] = []
-    for part, pictures in (("train", train), ("test", test)):
-        labels_seen.append(_write_part(folder, part, pictures, image_size, source.grey))
-    known = class_names or tuple(str(number) for number in range(int(max(labels.max() for labels in labels_seen)) + 1))
-    store_names(folder, known)
+        test = _ordered(_open(name, source, root, source.test), source)
+    labels_of = {part: _write_part(folder, part, pictures, image_size, source.grey) for part, pictures in (("train", train), ("test", test))}
+    present = np.unique(np.concatenate(list(labels_of.values())))
+    for part, found in labels_of.items():
+        np.save(folder / f"y_{part}.npy", np.searchsorted(present, found).astype(np.int64))
+    store_names(folder, tuple(class_names[label] if label < len(class_names) else str(label) for label in present.tolist()))
 
 
 def _write_part(folder: Path, part: str, pictures: Any, size: int | None, grey: bool) -> NDArray[np.int64]:
-    """Write pictures and labels of one part in one pass."""
+    """Write the pictures of one part, and give its labels as torchvision counts them."""
     labels: list[int] = []
 
     def decoded() -> Iterator[Image.Image]:
@@ -126,33 +181,57 @@ def _write_part(folder: Path, part: str, pictures: Any, size: int | None, grey: 
             yield picture
 
     write_pictures(folder / f"x_{part}.npy", decoded(), len(pictures), size=size, grey=grey)
-    array = np.array(labels, np.int64)
-    np.save(folder / f"y_{part}.npy", array)
-    return array
+    return np.array(labels, np.int64)
 
 
 def _samples(pictures: Any) -> Iterator[tuple[Image.Image, int]]:
     for index in range(len(pictures)):
         picture, label = pictures[index]
+        if label is None:
+            raise DataError(
+                "torchvision gives pictures without labels (of a test part whose labels these files do not hold); get the files with labels, or an .npz file"
+            )
         yield picture, int(label)
+
+
+def _ordered(opened: Any, source: TorchvisionSet) -> Any:
+    if source.files is None:
+        return opened
+    files = getattr(opened, source.files)
+    return Subset(opened, sorted(range(len(files)), key=files.__getitem__))
 
 
 def _open(name: str, source: TorchvisionSet, root: Path, arguments: Mapping[str, Any]) -> Any:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return getattr(torchvision.datasets, source.cls)(root=str(root), download=True, **arguments)
+        return _construct(source, {"root": str(root), **arguments})
     except ImportError as error:
+        if error.name is not None and error.name not in BROUGHT_ALONG:
+            raise DataError(f"the data set {name!r} needs the package {error.name}; run: pip install {error.name}") from error
         raise MissingExtraError(f"the data set {name!r} ({error})", "simulation") from error
     except (OSError, RuntimeError, ValueError) as error:
+        fetch = f"put its files there, as torchvision's documentation of {source.cls} says" if source.local else "fetch it elsewhere"
         raise DataError(
-            f"torchvision could not open or download {name!r} in {root}: {error}; "
-            f"fetch it elsewhere and set data.path to its folder, or put {name}.npz into the folder that CDFKD_DATA names"
+            f"torchvision could not open{'' if source.local else ' or download'} {name!r} in {root}: {error}; "
+            f"{fetch} and set data.path to its folder, or put {name}.npz into the folder that CDFKD_DATA names"
         ) from error
 
 
+def _construct(source: TorchvisionSet, arguments: Mapping[str, Any]) -> Any:
+    """Open what is there, else download it: some sets refuse to download what they find."""
+    cls = getattr(torchvision.datasets, source.cls)
+    if source.local:
+        return cls(**arguments)
+    try:
+        return cls(download=False, **arguments)
+    except (OSError, RuntimeError):
+        return cls(download=True, **arguments)
+
+
 def _class_names(opened: Any) -> tuple[str, ...]:
-    for attribute in ("classes", "categories"):
+    for attribute in ("classes", "categories", "all_categories", "class_to_idx"):
         names = getattr(opened, attribute, None)
         if names:
+            names = sorted(names, key=names.__getitem__) if isinstance(names, Mapping) else names
             return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
     return ()

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 import struct
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torchvision
 from PIL import Image
 
+from cdfkd_strategy.data import torchvision_sets
 from cdfkd_strategy.data.datasets import DATASETS, DataConfig, load_data
 from cdfkd_strategy.data.torchvision_sets import TORCHVISION_SETS
 from cdfkd_strategy.errors import ConfigError, DataError, MissingExtraError
@@ -49,7 +52,8 @@ class Objects:
     categories = ("ant", "bass", "camera")
 
     def __init__(self, root: str, download: bool) -> None:
-        assert download
+        if not download:
+            raise RuntimeError("not there")
         self.labels = [0] * 10 + [1] * 20 + [2] * 5
 
     def __len__(self) -> int:
@@ -112,5 +116,90 @@ def test_every_entry_fits_torchvision(name: str) -> None:
     source = TORCHVISION_SETS[name]
     signature = inspect.signature(getattr(torchvision.datasets, source.cls))
     for arguments in (*source.train, source.test or {}):
-        signature.bind(root="x", download=True, **arguments)
+        signature.bind(root="x", **({} if source.local else {"download": True}), **arguments)
     assert name in DATASETS
+
+
+def test_every_classification_set_of_torchvision_is_here_or_said_not_to_be() -> None:
+    registered = {source.cls for source in TORCHVISION_SETS.values()}
+    not_here = set(re.findall(r"\w+", (torchvision_sets.__doc__ or "").partition("Not here:")[2])) - {"LSUN"}  # "one class of LSUN"
+    assert not registered & not_here
+    assert set(torchvision.datasets.__all__) - registered - not_here == {"VisionDataset", "wrap_dataset_for_transforms_v2"}
+
+
+def stand_in(name: str, opened: list[dict[str, Any]]) -> type:
+    """A class with the constructor of a set's own, that is not there before it is downloaded and holds eleven pictures of two classes."""
+    source = TORCHVISION_SETS[name]
+    signature = inspect.signature(getattr(torchvision.datasets, source.cls))
+
+    class StandIn:
+        def __init__(self, **arguments: Any) -> None:
+            signature.bind(**arguments)
+            if arguments.get("download") is False:
+                raise RuntimeError("Dataset not found. You can use download=True to download it")
+            opened.append(arguments)
+            self.labels = [3, 5, 3, 3, 3, 3, 5, 5, 5, 5, 5]
+            if source.files is not None:
+                setattr(self, source.files, [f"{10 - index:02d}.png" for index in range(11)])
+
+        def __len__(self) -> int:
+            return 11
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("RGB", (16, 16), (10 * index,) * 3), self.labels[index]
+
+    return StandIn
+
+
+@pytest.mark.parametrize("name", list(TORCHVISION_SETS))
+def test_every_entry_is_opened_once_per_part_and_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, opened = TORCHVISION_SETS[name], []
+    monkeypatch.setattr(torchvision.datasets, source.cls, stand_in(name, opened))
+    data = load_data(DataConfig(name=name, path=str(tmp_path), image_size=16), seed=0)
+    parts = [*source.train, *([] if source.test is None else [source.test])]
+    assert opened == [{"root": str(tmp_path), **({} if source.local else {"download": True}), **arguments} for arguments in parts]
+    assert (len(data.x_train), len(data.x_test)) == ((9, 2) if source.test is None else (11 * len(source.train), 11))
+    assert data.image.shape == (1 if source.grey else 3, 16, 16)
+    assert data.class_names == ("3", "5"), "classes without a picture are left out"
+    shade = data.x_train[:, 0, 0, 0].tolist()
+    classes = dict(zip(range(0, 110, 10), [0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1], strict=True))
+    assert [classes[value] for value in shade] == data.y_train.tolist()
+    assert shade[:9] == (sorted(shade, reverse=True)[:9] if source.files else shade[:9]), "in the order of the files' names"
+
+
+def test_what_is_there_is_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class There(Objects):
+        def __init__(self, root: str, download: bool) -> None:
+            if download:
+                raise RuntimeError("The directory already exists")
+            super().__init__(root, download=True)
+
+    monkeypatch.setattr(torchvision.datasets, "Caltech101", There)
+    assert len(load_data(DataConfig(name="caltech101", path=str(tmp_path), image_size=16), seed=0).class_names) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("no archive"), r"could not open 'imagenet'.*no archive; put its files there, as torchvision's documentation of ImageNet says"),
+        (ModuleNotFoundError("No module named 'lmdb'", name="lmdb"), r"needs the package lmdb; run: pip install lmdb"),
+    ],
+)
+def test_a_set_that_torchvision_does_not_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def unavailable(**arguments: object) -> None:
+        assert "download" not in arguments
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "ImageNet", unavailable)
+    with pytest.raises(DataError, match=message):
+        load_data(DataConfig(name="imagenet", path=str(tmp_path), image_size=16), seed=0)
+
+
+def test_pictures_without_labels_are_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unlabelled(stand_in("fer2013", [])):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index)[0], None
+
+    monkeypatch.setattr(torchvision.datasets, "FER2013", Unlabelled)
+    with pytest.raises(DataError, match="pictures without labels"):
+        load_data(DataConfig(name="fer2013", path=str(tmp_path)), seed=0)
