@@ -14,7 +14,7 @@ from cdfkd_strategy.errors import CheckpointError, NeedsError
 from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
-from cdfkd_strategy.types import ImageSpec, Metrics, Needs
+from cdfkd_strategy.types import Extras, ImageSpec, Metrics, Needs
 
 
 class Distiller(ABC):
@@ -32,9 +32,11 @@ class Distiller(ABC):
         image: what teachers and student take.
         rng: the only source of the method's random numbers (a CPU generator).
         runtime: device and layout.
+        extras: what the method declared in ``needs`` besides properties of the teachers, on the CPU; kept as ``self.extras``
+            and not saved. A method that declares none of it need not take it.
 
     Raises:
-        NeedsError: the teachers lack something in ``needs``.
+        NeedsError: the teachers or ``extras`` lack something in ``needs``.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Distiller(ABC):
         image: ImageSpec,
         rng: torch.Generator,
         runtime: Runtime,
+        extras: Extras | None = None,
     ) -> None:
         self.teachers = teachers
         self.student = student
@@ -59,20 +62,34 @@ class Distiller(ABC):
         self.image = image
         self.rng = rng
         self.runtime = runtime
+        self.extras = (extras or Extras()).only(self.needs)
         self.check_needs()
 
     def check_needs(self) -> None:
-        """Compare ``needs`` with what the teachers have; called before any training."""
-        lacking = []
-        if self.needs.batch_norm and not all(self.teachers.has_batch_norm):
-            lacking.append(("BatchNorm running statistics", self.teachers.has_batch_norm))
-        if self.needs.features and not all(self.teachers.has_features):
-            lacking.append(("features before a last linear layer", self.teachers.has_features))
-        for what, have in lacking:
+        """Compare ``needs`` with what the teachers and the extras have; called before any training."""
+        for need, have in (("batch_norm", self.teachers.has_batch_norm), ("features", self.teachers.has_features)):
             without = [spec.key for spec, has in zip(self.teachers.specs, have, strict=True) if not has]
+            if without and getattr(self.needs, need):
+                raise NeedsError(
+                    f"method {self.name!r} needs {Needs.words(need)}, which teachers {', '.join(without)} do not have; "
+                    "give it other teachers, or choose a method whose needs they meet (`cdfkd methods` lists them)"
+                )
+        self.check_extras(self.extras)
+
+    @classmethod
+    def check_extras(cls, extras: Extras) -> None:
+        """Compare ``needs`` with what a server has besides the teachers; possible before there are any.
+
+        Raises:
+            NeedsError: something is not there; the message says what, and what to do.
+        """
+        lacking = extras.lacking(cls.needs)
+        if lacking:
+            what = " and ".join(Needs.words(need) for need in lacking)
+            ask = "train teachers whose clients disclose them (server.weights=label_counts), " if "label_counts" in lacking else ""
             raise NeedsError(
-                f"method {self.name!r} needs {what}, which teachers {', '.join(without)} do not have; "
-                "give it other teachers, or choose a method whose needs they meet (`cdfkd methods` lists them)"
+                f"method {cls.name!r} needs {what}, which this run does not have; {ask}"
+                f"hand it to distill() in Extras({', '.join(f'{need}=...' for need in lacking)}), or choose another method (`cdfkd methods` lists them)"
             )
 
     @property
@@ -99,8 +116,8 @@ class Distiller(ABC):
     # -- state -------------------------------------------------------------------------------------------------
 
     def _stateful(self) -> dict[str, Any]:
-        """Attributes that change between epochs, by name; teachers, config, image and runtime do not."""
-        constant = {"teachers", "config", "image", "runtime"}
+        """Attributes that change between epochs, by name; teachers, config, image, runtime and extras do not."""
+        constant = {"teachers", "config", "image", "runtime", "extras"}
         kept = {}
         for name, value in vars(self).items():
             if name in constant or dataclasses.is_dataclass(value):
@@ -136,11 +153,25 @@ class Distiller(ABC):
                 value.set_state(state[name].cpu())
             elif hasattr(value, "load_state_dict"):
                 value.load_state_dict(state[name])
+                if isinstance(value, torch.optim.Optimizer):
+                    _lay_out_as_parameters(value)
             elif isinstance(value, Tensor):
                 with torch.no_grad():
                     value.copy_(state[name])
             else:
                 setattr(self, name, state[name])
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded buffers the memory layout of their parameters, which they had before they were saved; files know one layout only.
+
+    A step adds them up element by element, and whatever sums over a buffer does so in the order of its memory: in another
+    layout the first may be slower, and the second gives other bits.
+    """
+    for parameter, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
+                buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype, device=buffer.device).copy_(buffer)
 
 
 METHODS: Registry[type[Distiller]] = Registry("method")

@@ -26,7 +26,7 @@ from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.progress import Progress
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
-from cdfkd_strategy.types import ImageSpec
+from cdfkd_strategy.types import Extras, ImageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,14 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class EngineConfig:
     """How a distillation is run; none of it changes the mathematics of an epoch.
 
+    What bits depend on is resolved once, recorded, and kept by later starts of the same run (`continued`).
+
     Args:
-        device: "auto" (the first CUDA device, else the CPU) or a torch device string.
-        threads: intra-op CPU threads; 0 leaves torch's choice. Bits depend on it, so it is recorded.
+        device: "auto" (the first CUDA device, else the CPU) or a torch device string. Bits depend on it.
+        threads: intra-op CPU threads; 0 leaves torch's choice. Bits depend on it.
         channels_last: memory layout of images and weights.
-        max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so.
+        max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so. A run that is
+            resumed with a higher one goes on.
         checkpoint_every: epochs between checkpoints (the last epoch always has one).
         evaluate_every: epochs between calls of ``evaluate`` (the last epoch always has one); 0 is only the last.
         watch_images: synthetic images of the collapse watch, once per epoch; 0 turns it off.
@@ -76,9 +79,37 @@ class EngineConfig:
         Raises:
             ConfigError: a CUDA device is asked for, and torch sees none. (Reading a configuration needs no device.)
         """
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"engine.device is {self.device!r}, but torch sees no CUDA device; use auto or cpu")
-        return Runtime.auto(self.device, channels_last=self.channels_last, **({"threads": self.threads} if self.threads else {}))
+        runtime = Runtime.auto(self.device, channels_last=self.channels_last, **({"threads": self.threads} if self.threads else {}))
+        if not runtime.is_available:
+            raise ConfigError(f"engine.device is {self.device!r}, but torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); use auto or cpu")
+        return runtime
+
+    def continued(self, began: Runtime) -> Runtime:
+        """The runtime of a run that is continued: the one it began with, because another one would change its bits.
+
+        Only where that one's device is gone, a device that this configuration names (not "auto") takes its place.
+
+        Args:
+            began: what the run's first start resolved.
+
+        Raises:
+            CheckpointError: the device is gone, and this configuration names no other.
+            ConfigError: it names one that is not there either.
+        """
+        if began.is_available:
+            asked = {"device": self.device, "threads": self.threads}
+            unused = [f"engine.{name}={value}" for name, value in asked.items() if value not in ("auto", 0, getattr(began, name))]
+            if unused:
+                logger.info("%s: not used, the run goes on as it began, on %s with %d threads", ", ".join(unused), began.device, began.threads)
+            return began
+        if self.device in ("auto", began.device):
+            raise CheckpointError(
+                f"the run was started on {began.device!r}, which torch does not see here; continue it on a machine that has it, "
+                "or accept another result and name a device that is here (engine.device=cpu)"
+            )
+        runtime = dataclasses.replace(began, device=self.runtime().device)
+        logger.warning("the run was started on %s, which is gone; it goes on on %s, to another result than without interruption", began.device, runtime.device)
+        return runtime
 
 
 class DistillResult(NamedTuple):
@@ -135,6 +166,7 @@ def distill(
     engine: EngineConfig | None = None,
     resume: bool = False,
     runtime: Runtime | None = None,
+    extras: Extras | None = None,
 ) -> DistillResult:
     """Distil the teachers into the student, in place, with no data.
 
@@ -149,36 +181,40 @@ def distill(
         evaluate: called with the student (in eval mode) at epoch boundaries; what it returns is added to the history.
         engine: how to run; None is the defaults.
         resume: continue from ``out/checkpoint`` if there is one.
-        runtime: resolved choices to reuse; None takes the checkpoint's when resuming, else measures ``engine``'s.
+        runtime: resolved choices to reuse; None takes the checkpoint's when resuming, else resolves ``engine``'s.
+        extras: what there is besides the teachers; the method gets of it what its ``needs`` declare.
 
     Returns:
         `DistillResult`; the student is on the runtime's device, in eval mode.
 
     Raises:
-        NeedsError: the teachers lack what the method needs; raised before any training.
-        CheckpointError: ``resume`` with a checkpoint of another configuration, seed or other teachers.
+        NeedsError: the teachers or the extras lack what the method needs; raised before any training.
+        CheckpointError: ``resume`` with a checkpoint of another configuration, seed or other teachers, or of a device that is gone.
         CDFKDError: a loss term is not finite.
     """
     engine = engine or EngineConfig()
     image = image or teachers.image
     cls = get_method(method) if isinstance(method, str) else method
     config = cls.Config() if config is None else config
+    given = (extras or Extras()).only(cls.needs)
+    cls.check_extras(given)
     directory = None if out is None else Path(out)
     saved = load_state(directory / "checkpoint") if resume and directory is not None and has_state(directory / "checkpoint") else None
-    identity = _identity(cls, config, image, seed, teachers, student)
+    identity = _identity(cls, config, image, seed, teachers, student, given)
     if saved is not None:
         _check_identity(saved["identity"], identity)
     if runtime is None:
-        runtime = Runtime.from_dict(saved["runtime"]) if saved is not None else engine.runtime()
+        runtime = engine.runtime() if saved is None else engine.continued(Runtime.from_dict(saved["runtime"]))
     if runtime.channels_last and not teachers.accepts_channels_last():
         logger.info("a teacher cannot take images in the channels-last layout; distilling without it")
         runtime = dataclasses.replace(runtime, channels_last=False)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    with seeding.threads(runtime.threads or torch.get_num_threads()):
+    with runtime.scope():
         teachers, student = runtime.place(teachers), runtime.place(student)
         with seeding.seeded_scope("distiller", seed):
-            distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime)
+            declared = {"extras": given} if given.tensors() else {}
+            distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime, **declared)
         run = _Run(distiller, identity, directory, runtime, seed)
         if saved is not None:
             distiller.load_state_dict(saved["distiller"])
@@ -222,7 +258,7 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
     return "schedule"
 
 
-def _identity(cls: type[Distiller], config: Any, image: ImageSpec, seed: int, teachers: TeacherEnsemble, student: nn.Module) -> dict[str, Any]:
+def _identity(cls: type[Distiller], config: Any, image: ImageSpec, seed: int, teachers: TeacherEnsemble, student: nn.Module, extras: Extras) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     return {
         "method": cls.name,
@@ -232,6 +268,7 @@ def _identity(cls: type[Distiller], config: Any, image: ImageSpec, seed: int, te
         "teachers": [state_hash(net.state_dict()) for net in teachers.nets],
         "weights": state_hash({"weights": teachers.weights}),
         "student": state_hash({name: torch.zeros(tensor.shape) for name, tensor in student.state_dict().items()}),
+        **({"extras": state_hash(extras.tensors())} if extras.tensors() else {}),
     }
 
 

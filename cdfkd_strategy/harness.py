@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from cdfkd_strategy.averaging import fedavg
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import ImageData
+from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
-from cdfkd_strategy.models.head_fusion import HeadAttention, class_weights, fuse
+from cdfkd_strategy.models.head_fusion import HeadAttention, class_weights, fuse, weighted
 from cdfkd_strategy.run_config import RunConfig
 from cdfkd_strategy.summary import no_accuracy
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -45,8 +46,8 @@ class Harness:
 
     @property
     def label_counts(self) -> np.ndarray | None:
-        """``[clients, C]`` training samples per client and class, from the partition itself; None without data."""
-        if self._counts is None and self.data is not None:
+        """``[clients, C]`` training samples per client and class, from the partition itself; None without data, or if none was dealt."""
+        if self._counts is None and self.data is not None and self.config.data.partition.name != OWN:
             self._counts = train_label_counts(self.data, self.config.data, self.config.clients.count, self.config.seed)
         return self._counts
 
@@ -80,7 +81,7 @@ class Harness:
         single: nn.Module | None = None,
         attention: HeadAttention | None = None,
     ) -> Examination:
-        """Evaluate one round; every network sees the test set once.
+        """Evaluate one round; every network sees the test set once. Teachers and headers without a weight (too old) do not count: null.
 
         Args:
             teachers: the ensemble; its ``weights`` are the estimated ones, its specs' keys name the clients.
@@ -93,21 +94,25 @@ class Harness:
         if self.data is None:
             return Examination(found, None)
         pixels, labels = self.data.x_test, self.data.y_test
-        logits = predict(teachers, pixels, self.data.image, device=_device(teachers))
-        found["teachers"] = [accuracy(one, labels) for one in logits]
-        average = fedavg(list(teachers.nets), teachers.specs)
+        counted = teachers.counted
+        live = teachers.only(counted)
+        logits = predict(live, pixels, self.data.image, device=_device(live))
+        found["teachers"] = _spread(counted, [accuracy(one, labels) for one in logits], len(teachers))
+        average = fedavg(list(live.nets), live.specs)
         if average is not None:
             found["fedavg"] = accuracy(predict(average, pixels, self.data.image), labels)
-        oracle = self.oracle_weights([spec.key for spec in teachers.specs])
-        uniform = class_weights(None, len(teachers), self.data.image.num_classes)
-        for name, table in (("uniform", uniform), ("estimated", teachers.weights.cpu()), ("oracle", oracle)):
+        oracle = self.oracle_weights([spec.key for spec in live.specs])
+        uniform = class_weights(None, len(live), self.data.image.num_classes)
+        for name, table in (("uniform", uniform), ("estimated", live.weights.cpu()), ("oracle", oracle)):
             if table is not None:
                 found[f"ensemble_{name}"] = accuracy(fuse(logits, table), labels)
         if student is None:
             return Examination(found, None)
         heads = self._student_logits(student, pixels)
-        merged = fuse(heads, class_weights(teachers.weights if weights is None else weights, len(heads), self.data.image.num_classes).cpu())
-        found["student_heads"] = [accuracy(one, labels) for one in heads]
+        table = class_weights(teachers.weights if weights is None else weights, len(heads), self.data.image.num_classes).cpu()
+        merged, counted = fuse(heads, table), weighted(table)
+        found["student_heads"] = _spread(counted, [accuracy(heads[k], labels) for k in counted], len(heads))
+        heads = heads[counted]
         found["student_mean"] = accuracy(heads.mean(0), labels)
         found["student_merged"] = accuracy(merged, labels)
         if attention is not None:
@@ -146,6 +151,12 @@ class WatchStudent:
         labels = data.y_test
         merged = fuse(heads, class_weights(self._weights, len(heads), data.image.num_classes).cpu())
         return {"test/student_merged": accuracy(merged, labels), "test/student_mean": accuracy(heads.mean(0), labels)}
+
+
+def _spread(counted: Sequence[int], values: Sequence[float], total: int) -> list[float | None]:
+    """The values at their places among ``total``; null at the others."""
+    at = dict(zip(counted, values, strict=True))
+    return [at.get(index) for index in range(total)]
 
 
 def _device(module: nn.Module) -> str:

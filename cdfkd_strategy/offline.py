@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.competence import LABEL_COUNTS, estimate
+from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import ImageData, load_data
@@ -20,18 +20,23 @@ from cdfkd_strategy.engine import distill
 from cdfkd_strategy.errors import CDFKDError, ConfigError
 from cdfkd_strategy.harness import Harness, count_weights
 from cdfkd_strategy.local_training import train_all
+from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
 from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+from cdfkd_strategy.types import Extras
 from cdfkd_strategy.warm_start import first_student
 
 logger = logging.getLogger(__name__)
 
 FIXED = ("data", "clients")
 """Parts of a configuration that the teachers in a directory were made with; only ``data.path`` may change afterwards."""
+
+
+DISCLOSED = f"disclosed by every client: its label counts per class (server.weights={LABEL_COUNTS})"
 
 
 class Plan(NamedTuple):
@@ -50,20 +55,48 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         overrides: ``key=value`` on the directory's configuration.
 
     Raises:
-        ConfigError: an override changes what the teachers were made with.
+        ConfigError: an override changes what the teachers were made with, or asks for label counts that nobody disclosed.
+        NeedsError: the method needs something that there is not.
     """
     overrides = list(overrides)
     made_with = [item for item in overrides if item.partition(".")[0] in FIXED and not item.startswith("data.path=")]
     if made_with:
         raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
     teachers = load_teachers(directory)
-    config = from_values(teachers.config, overrides)
+    config = of_the_teachers_data(from_values(teachers.config, overrides), teachers)
+    check_disclosed(config, teachers)
+    get_method(config.method_config()[0]).check_extras(extras_of(teachers))
     return Plan(config, teachers, _test_data(config, teachers) if teachers.config else None)
+
+
+def of_the_teachers_data(config: RunConfig, teachers: TeacherSet) -> RunConfig:
+    """The configuration with the seed of the teachers' data fixed, whatever seed the distillation has."""
+    if config.seed == teachers.seed or config.data.seed is not None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=teachers.seed))
+
+
+def check_disclosed(config: RunConfig, teachers: TeacherSet) -> None:
+    """Class weights from label counts need clients that disclosed them; the oracle's counts are for measuring alone.
+
+    Raises:
+        ConfigError: they did not.
+    """
+    if config.server.weights == LABEL_COUNTS and teachers.label_counts is None:
+        raise ConfigError(
+            f"server.weights is {LABEL_COUNTS!r}, but the clients of these teachers did not disclose their label counts; accepted: {', '.join(COMPETENCE)}; "
+            f"or train teachers whose clients opt in: `cdfkd teachers CONFIG server.weights={LABEL_COUNTS}`"
+        )
+
+
+def extras_of(teachers: TeacherSet) -> Extras:
+    """What the directory has besides the teachers: disclosed label counts."""
+    return Extras(label_counts=None if teachers.label_counts is None else torch.tensor(teachers.label_counts))
 
 
 def _test_data(config: RunConfig, teachers: TeacherSet) -> ImageData | None:
     try:
-        data = load_data(config.data, teachers.seed)
+        data = load_data(config.data, config.seed)
     except CDFKDError as error:
         logger.warning("no accuracies: %s", error)
         return None
@@ -84,7 +117,10 @@ def write_teachers(config: RunConfig, out: Path) -> None:
     trained = train_all(clients, data, config.data, data.image, config.seed, workers=usable_cores(), on_done=say)
     specs = tuple(TeacherSpec(str(k), clients.architecture(k), int(teacher.stats["num_examples"])) for k, teacher in enumerate(trained))
     counts = train_label_counts(data, config.data, clients.count, config.seed).tolist()
-    save_teachers(out, TeacherSet(specs, [teacher.model for teacher in trained], data.image, config.seed, to_dict(config), counts))
+    disclosed = counts if config.server.weights == LABEL_COUNTS else None
+    if disclosed is not None:
+        logger.info(DISCLOSED)
+    save_teachers(out, TeacherSet(specs, [teacher.model for teacher in trained], data.image, config.seed, to_dict(config), counts, disclosed))
 
 
 def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
@@ -95,9 +131,10 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     """
     config, teachers = work.config, work.teachers
     name, method_config = config.method_config()
+    if config.server.weights == LABEL_COUNTS:
+        logger.info(DISCLOSED)
     summary = SummaryWriter(out, config, resume=resume)
-    # the partition belongs to the teachers' seed, whatever seed the distillation has
-    harness = Harness(dataclasses.replace(config, seed=teachers.seed), work.data)
+    harness = Harness(config, work.data)
     ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
     ensemble.weights.copy_(teacher_weights(config, teachers, ensemble))  # as they are: normalising twice would move the last bit
     settings = config.student
@@ -114,6 +151,7 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
         evaluate=None if work.data is None else harness.watch(ensemble.weights),
         engine=config.engine,
         resume=resume,
+        extras=extras_of(teachers),
     )
     distilled = time.perf_counter()
     save_student(out, student, ensemble.weights)
@@ -125,13 +163,8 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
 
 
 def teacher_weights(config: RunConfig, teachers: TeacherSet, ensemble: TeacherEnsemble) -> torch.Tensor:
-    """Class weights ``[K, C]`` of the teachers: estimated from their weights, or from label counts where that was opted for.
-
-    Raises:
-        ConfigError: label counts were opted for, but the directory has none.
-    """
+    """Class weights ``[K, C]`` of the teachers: estimated from their weights, or from the label counts that clients disclosed."""
     if config.server.weights == LABEL_COUNTS:
-        if teachers.oracle_label_counts is None:
-            raise ConfigError(f"server.weights={LABEL_COUNTS}, but the teacher directory holds no label counts; use server.weights=auto")
-        return count_weights(torch.tensor(teachers.oracle_label_counts))
+        check_disclosed(config, teachers)
+        return count_weights(torch.tensor(teachers.label_counts))
     return estimate(ensemble, teachers.image, seeding.generator("competence", config.seed), config.server.weights)

@@ -22,7 +22,7 @@ from cdfkd_strategy.models.head_fusion import FusedStudent
 from cdfkd_strategy.run_config import RunConfig
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.student_io import load_student
-from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.summary import discloses_counts, read_summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,12 +43,13 @@ LINES = {
 }
 
 
-def draw_pictures(run_dir: Path, config: RunConfig) -> list[Path]:
+def draw_pictures(run_dir: Path, config: RunConfig, data: ImageData | None) -> list[Path]:
     """Draw what the files in a run directory allow.
 
     Args:
         run_dir: with ``losses.csv``, ``generator.safetensors``, ``student.safetensors``, ``summary.json``; missing ones leave out their pictures.
-        config: of the run; the label distribution and the confusion matrix load its data set.
+        config: of the run.
+        data: its data set (`images_of`); None leaves out the label distribution and the confusion matrix.
 
     Returns:
         The PNG files, in ``run_dir``.
@@ -62,7 +63,6 @@ def draw_pictures(run_dir: Path, config: RunConfig) -> list[Path]:
     if history:
         pictures += [_accuracy(run_dir, history), _losses(run_dir, history)]
     student = _student(run_dir)
-    data = _data(config)
     if student is not None and (run_dir / "generator.safetensors").exists():
         pictures.append(_synthetic(run_dir, config, student, data))
     if data is not None:
@@ -101,11 +101,12 @@ def _student(run_dir: Path) -> FusedStudent | None:
         return None
 
 
-def _data(config: RunConfig) -> ImageData | None:
+def images_of(config: RunConfig) -> ImageData | None:
+    """The data set of a run, or None (and why, in the log) if it is not at hand."""
     try:
         return load_data(config.data, config.seed)
     except CDFKDError as error:
-        logger.info("no pictures of the data: %s", error)
+        logger.info("no label distribution and no confusion matrix: %s", error)
         return None
 
 
@@ -124,9 +125,11 @@ def _accuracy(run_dir: Path, history: list[dict[str, float]]) -> Path | None:
     axes = figure.subplots()
     for key, colour in zip(keys, ("tab:blue", "tab:cyan", "tab:red"), strict=False):
         _plot(axes, [{name: 100 * value for name, value in row.items()} for row in history], key, key.removeprefix("test/").replace("_", ", "), colour)
-    accuracy: dict[str, Any] = (read_summary(run_dir)["rounds"] or [{"accuracy": {}}])[-1]["accuracy"] if (run_dir / "summary.json").exists() else {}
-    for key, (label, colour) in LINES.items():
+    summary = read_summary(run_dir) if (run_dir / "summary.json").exists() else None
+    accuracy: dict[str, Any] = summary["rounds"][-1]["accuracy"] if summary and summary["rounds"] else {}
+    for key, (words, colour) in LINES.items():
         if accuracy.get(key) is not None:
+            label = "ensemble, disclosed counts" if key == "ensemble_estimated" and summary and discloses_counts(summary) else words
             axes.axhline(100 * accuracy[key], label=label, color=colour, linestyle="--", linewidth=1)
     axes.set(xlabel="epoch", ylabel="accuracy on the global test set (%)", ylim=(0, 100))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

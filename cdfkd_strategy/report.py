@@ -10,7 +10,7 @@ from typing import Any
 
 from cdfkd_strategy.checkpoint import write_json, write_text
 from cdfkd_strategy.errors import CDFKDError
-from cdfkd_strategy.summary import FILE_NAME, read_summary
+from cdfkd_strategy.summary import FILE_NAME, discloses_counts, read_summary
 
 Summary = Mapping[str, Any]
 
@@ -75,6 +75,9 @@ def study_table(summaries: Sequence[Summary], study: str) -> str:
         "Accuracy on the global test set in %, last round and last epoch, mean ± standard deviation over seeds; distillation in seconds per run. "
         f"Measured on {'; '.join(hardware)}. Commit {', '.join(commits)}."
     )
+    opted = dict.fromkeys(item["cell"] for item in mine if discloses_counts(item))
+    if opted:
+        note += f" In {', '.join(opted)} clients disclosed their label counts, and the weights called estimated come from them."
     return "\n".join([*lines, "", note, ""])
 
 

@@ -16,7 +16,7 @@ from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.warm_start import Init
 
-PATIENCE = ("node_wait", "timeout", "min_teachers")
+PATIENCE = ("node_wait", "timeout", "min_teachers", "min_available_nodes")
 """Keys of ``server`` that may differ when a run is continued: what an interrupted run is told to change."""
 
 
@@ -30,17 +30,20 @@ class ServerConfig:
             to which every client must consent: by a configuration of its own (`make_client_app(config)`, as in `cdfkd run`),
             or by ``label-counts=true`` in its node's configuration.
         min_teachers: fewer usable teachers than this end the run with an error.
+        min_available_nodes: with fewer connected nodes, when ``node_wait`` is over, a round is not begun and the run ends with an error; null needs
+            as many as ``min_teachers`` does, besides the teachers that may be used again.
         max_teacher_age: rounds for which the last teacher of a silent client is used again.
         broadcast: what later rounds send of the student: all "heads" with their weights, or a "single" distilled one.
         fraction_train: fraction of the clients that train in a round.
         fraction_evaluate: fraction of the clients that evaluate in a round.
         timeout: seconds to wait for the replies of a round.
-        node_wait: seconds to wait for the nodes to connect.
+        node_wait: seconds to wait for all ``clients.count`` nodes to connect; then a round begins with those that are there.
     """
 
     rounds: int = 1
     weights: str = "auto"
     min_teachers: int = 1
+    min_available_nodes: int | None = None
     max_teacher_age: int = 1
     broadcast: Literal["heads", "single"] = "heads"
     fraction_train: float = 1.0
@@ -51,8 +54,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.weights != LABEL_COUNTS and self.weights not in COMPETENCE:
             raise UnknownNameError("server.weights", self.weights, [*COMPETENCE, LABEL_COUNTS])
-        for name, least in (("rounds", 1), ("min_teachers", 1), ("max_teacher_age", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("rounds", 1), ("min_teachers", 1), ("min_available_nodes", 1), ("max_teacher_age", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"server.{name} is {getattr(self, name)}; accepted: at least {least}")
         if not 0 < self.fraction_train <= 1:
             raise ConfigError(f"server.fraction_train is {self.fraction_train}; accepted: above 0 (without teachers there is no student) to 1")

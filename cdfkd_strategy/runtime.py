@@ -1,14 +1,28 @@
-"""Where and how a distillation computes: device, memory layout, and drawing z. Methods ask it and hold no fast-path code."""
+"""Where and how a distillation computes: device, memory layout, threads, and drawing z. Methods ask it and hold no fast-path code.
+
+What is reproducible, with the same library versions:
+
+- on the CPU: every bit, on the same model of processor with the same number of threads;
+- on CUDA: every bit, on the same model of GPU with the same driver, as far as torch has deterministic kernels, which `Runtime.scope`
+  turns on. Where it has none (the gradients of bilinear upsampling, or of average pooling to a size that does not divide the
+  map's) it warns and names the operation, and the last bits may differ from run to run. The methods' contract tests hold this
+  wherever they find a GPU;
+- between devices, processors, thread counts or versions: nothing to the bit.
+
+A run that is continued keeps the runtime it began with, so that an interruption does not move a bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy import seeding
 from cdfkd_strategy.config import bind
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +57,19 @@ class Runtime:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for summaries and checkpoints."""
         return asdict(self)
+
+    @property
+    def is_available(self) -> bool:
+        """Does this machine have the device?"""
+        device = torch.device(self.device)
+        return device.type != "cuda" or (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count())
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Compute inside the block with this runtime's threads and, on CUDA, with deterministic kernels; settings are restored afterwards."""
+        on_cuda = torch.device(self.device).type == "cuda"
+        with seeding.threads(self.threads or torch.get_num_threads()), seeding.deterministic_kernels() if on_cuda else nullcontext():
+            yield
 
     def place(self, module: M) -> M:
         """Move a module to the device, in the layout of this runtime, in place."""

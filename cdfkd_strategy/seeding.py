@@ -1,10 +1,12 @@
-"""Randomness: a `torch.Generator` derived from named parts, and a seeded scope for code that uses the global one."""
+"""Randomness: a `torch.Generator` derived from named parts, a seeded scope for code that uses the global one, and scopes for what else moves bits."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,3 +46,32 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""What cuBLAS needs in the environment for reproducible matrix products (its documentation names this value)."""
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Run the block with torch's deterministic CUDA kernels and without cuDNN's contest of kernels, and restore the settings afterwards.
+
+    An operation without a deterministic kernel warns, by name, and is computed all the same; it stays an error for callers
+    who made it one (``torch.use_deterministic_algorithms(True)``). Nothing changes for the CPU's own results, which are
+    deterministic for a given number of `threads`.
+    """
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    benchmark, deterministic, fill, variable = cudnn.benchmark, cudnn.deterministic, memory.fill_uninitialized_memory, os.environ.get(CUBLAS_VARIABLE)
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACE)
+        cudnn.benchmark, cudnn.deterministic = False, True
+        memory.fill_uninitialized_memory = enabled and fill  # a debugging aid that costs a write per allocation
+        torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        cudnn.benchmark, cudnn.deterministic, memory.fill_uninitialized_memory = benchmark, deterministic, fill
+        if variable is None:
+            os.environ.pop(CUBLAS_VARIABLE, None)

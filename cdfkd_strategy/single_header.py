@@ -38,7 +38,7 @@ def distill_single_header(
     """Train a student with one header to answer as the fused headers do: KL(fused || single) on synthetic images.
 
     Not in the paper. Adam, its rate annealed to 0 along a cosine; trunk in eval mode and without gradients, the header
-    in train mode. Thread count as the runtime says, since bits depend on it.
+    in train mode. Computed in the runtime's scope, since bits depend on it.
 
     Args:
         student: the full student; unchanged.
@@ -64,7 +64,7 @@ def distill_single_header(
     single.requires_grad_(False)
     header = single.headers[0].requires_grad_(True)
     optimizer = torch.optim.Adam(header.parameters(), lr=lr)
-    with seeding.threads(runtime.threads or torch.get_num_threads()), evaluating(full), torch.enable_grad():
+    with runtime.scope(), evaluating(full), torch.enable_grad():
         single.eval()
         header.train()
         for step in range(steps):

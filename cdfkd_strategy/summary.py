@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdfkd_strategy.checkpoint import write_json
+from cdfkd_strategy.competence import LABEL_COUNTS
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.provenance import commit, hardware, versions
-from cdfkd_strategy.run_config import PATIENCE, RunConfig
+from cdfkd_strategy.run_config import PATIENCE, RunConfig, from_values
 
 FILE_NAME = "summary.json"
 
@@ -156,6 +157,11 @@ def read_summary(directory: Path) -> dict[str, Any]:
     return dict(values)
 
 
+def discloses_counts(summary: Mapping[str, Any]) -> bool:
+    """Do the class weights of this run come from label counts that the clients disclosed?"""
+    return bool(summary["config"].get("server", {}).get("weights") == LABEL_COUNTS)
+
+
 def check_same_config(saved: Mapping[str, Any], config: RunConfig) -> None:
     """Compare the configuration of an earlier start of a run with this one.
 
@@ -164,7 +170,7 @@ def check_same_config(saved: Mapping[str, Any], config: RunConfig) -> None:
     Raises:
         CheckpointError: they differ; the message names the first differing key.
     """
-    mine, saved = json.loads(json.dumps(to_dict(config))), {**saved, "server": dict(saved.get("server") or {})}
+    mine, saved = json.loads(json.dumps(to_dict(config))), _completed(saved)
     for key in PATIENCE:
         saved["server"][key] = mine["server"][key]
     for key, value in mine.items():
@@ -173,6 +179,15 @@ def check_same_config(saved: Mapping[str, Any], config: RunConfig) -> None:
             raise CheckpointError(
                 f"the run was started with {where}={there!r}, not {here!r}; continue with the same configuration, or start a new run directory"
             )
+
+
+def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of settings that its version did not have yet."""
+    try:
+        values = json.loads(json.dumps(to_dict(from_values(saved))))
+    except CDFKDError:  # it has settings that are no more: whatever differs is named in its own terms
+        values = dict(saved)
+    return {**values, "server": dict(values.get("server") or {})}
 
 
 def _difference(where: str, there: Any, here: Any) -> tuple[str, Any, Any]:

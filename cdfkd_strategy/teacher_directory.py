@@ -36,6 +36,7 @@ class TeacherSet:
         seed: of the run that trained them.
         config: the resolved configuration of that run, as plain values.
         oracle_label_counts: ``[K][C]``, what each client trained on; for the evaluation harness only, never for a method.
+        label_counts: ``[K][C]``, what the clients disclosed because that run asked for it (``server.weights=label_counts``); else None.
     """
 
     specs: tuple[TeacherSpec, ...]
@@ -44,6 +45,7 @@ class TeacherSet:
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     oracle_label_counts: list[list[int]] | None = None
+    label_counts: list[list[int]] | None = None
 
 
 def save_teachers(directory: Path, teachers: TeacherSet) -> TeacherSet:
@@ -75,6 +77,7 @@ def save_teachers(directory: Path, teachers: TeacherSet) -> TeacherSet:
         "seed": teachers.seed,
         "teachers": entries,
         "oracle": {"label_counts": teachers.oracle_label_counts},
+        "disclosed": {"label_counts": teachers.label_counts},
         "config": to_dict(teachers.config),
     }
     write_json(directory / INDEX, index)
@@ -85,9 +88,9 @@ def _check(teachers: TeacherSet) -> None:
     keys = [spec.key for spec in teachers.specs]
     if not keys or len(keys) != len(teachers.models) or len(set(keys)) != len(keys):
         raise CheckpointError(f"{len(teachers.models)} teachers with the keys {', '.join(keys) or 'none'}; accepted: at least one, each with its own key")
-    counts = teachers.oracle_label_counts
-    if counts is not None and (len(counts) != len(keys) or any(len(row) != teachers.image.num_classes for row in counts)):
-        raise CheckpointError(f"oracle label counts do not fit; accepted: [K, C] = [{len(keys)}, {teachers.image.num_classes}]")
+    for what, counts in (("oracle", teachers.oracle_label_counts), ("disclosed", teachers.label_counts)):
+        if counts is not None and (len(counts) != len(keys) or any(len(row) != teachers.image.num_classes for row in counts)):
+            raise CheckpointError(f"{what} label counts do not fit; accepted: [K, C] = [{len(keys)}, {teachers.image.num_classes}]")
 
 
 def load_teachers(directory: Path) -> TeacherSet:
@@ -99,20 +102,24 @@ def load_teachers(directory: Path) -> TeacherSet:
     index = _read_index(directory)
     try:
         image = bind(ImageSpec, index["image"], "image")
-        counts = index["oracle"]["label_counts"]
         teachers = TeacherSet(
             specs=tuple(bind(TeacherSpec, {key: entry[key] for key in _SPEC_KEYS - {"file"}}, "teachers") for entry in index["teachers"]),
             models=[_load(directory, entry, image) for entry in index["teachers"]],
             image=image,
             seed=int(index["seed"]),
             config=dict(index["config"]),
-            oracle_label_counts=None if counts is None else [[int(count) for count in row] for row in counts],
+            oracle_label_counts=_counts(index["oracle"]["label_counts"]),
+            label_counts=_counts(index.get("disclosed", {}).get("label_counts")),  # older directories do not have it
         )
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{directory / INDEX} is not what this version writes: {what}; make the directory anew with `cdfkd teachers`") from error
     _check(teachers)
     return teachers
+
+
+def _counts(counts: Any) -> list[list[int]] | None:
+    return None if counts is None else [[int(count) for count in row] for row in counts]
 
 
 def _read_index(directory: Path) -> dict[str, Any]:

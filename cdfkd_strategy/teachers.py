@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.losses.statistics import batch_norm_distance
 from cdfkd_strategy.models.classifiers import final_linear
-from cdfkd_strategy.models.head_fusion import class_weights, fuse
+from cdfkd_strategy.models.head_fusion import class_weights, fuse, weighted
 from cdfkd_strategy.types import ImageSpec, TeacherOutputs
 
 
@@ -99,6 +99,19 @@ class TeacherEnsemble(nn.Module):
     def is_uniform(self) -> bool:
         """Do all teachers weigh the same for every class?"""
         return bool(torch.all(self.weights == self.weights[0, 0]))
+
+    @property
+    def counted(self) -> list[int]:
+        """The teachers that have a weight for some class; one that is too old has none."""
+        return weighted(self.weights)
+
+    def only(self, chosen: Sequence[int]) -> TeacherEnsemble:
+        """Some of the teachers with their weights, in this order; all of them is the ensemble itself. Networks are shared, not copied."""
+        if list(chosen) == list(range(len(self))):
+            return self
+        some = TeacherEnsemble([self.nets[k] for k in chosen], image=self.image, specs=[self.specs[k] for k in chosen])
+        some.weights = self.weights[list(chosen)]
+        return some
 
     @torch.no_grad()
     def accepts_channels_last(self) -> bool:

@@ -12,8 +12,8 @@ and *normalised* with the mean and standard deviation of their `ImageSpec`, unle
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,9 +102,15 @@ class TeacherOutputs(NamedTuple):
     bn: tuple[Tensor | None, ...]
 
 
+def _need(words: str) -> Any:
+    return field(default=False, metadata={"words": words})
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method must have: checked before training, and at the same time the privacy disclosure list.
+
+    The first two are asked of the teachers; the others are in `Extras`, and reach a method only if it declares them.
 
     Args:
         batch_norm: the teachers' BatchNorm running statistics.
@@ -114,12 +120,46 @@ class Needs:
         aggregated_weights: only an average of the clients' weights (compatible with secure aggregation).
     """
 
-    batch_norm: bool = False
-    features: bool = False
-    label_counts: bool = False
-    proxy_data: bool = False
-    aggregated_weights: bool = False
+    batch_norm: bool = _need("BatchNorm running statistics")
+    features: bool = _need("features before a last linear layer")
+    label_counts: bool = _need("label counts per class")
+    proxy_data: bool = _need("real images at the server")
+    aggregated_weights: bool = _need("an average of the clients' weights")
 
     def disclosed(self) -> tuple[str, ...]:
         """The names of what is needed, in the order of the fields."""
-        return tuple(name for name in self.__dataclass_fields__ if getattr(self, name))
+        return tuple(item.name for item in fields(self) if getattr(self, item.name))
+
+    @classmethod
+    def words(cls, name: str) -> str:
+        """A need by its field's name, in words."""
+        return str(cls.__dataclass_fields__[name].metadata["words"])
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What a server may have besides the teachers; None is what it does not have. The names are those of `Needs`.
+
+    Args:
+        label_counts: ``[K, C]`` training samples per class, which every client chose to disclose.
+        proxy_data: real images ``[N, channels, H, W]``, normalised.
+        aggregated_weights: the state dict of an average of the clients' networks.
+    """
+
+    label_counts: Tensor | None = None
+    proxy_data: Tensor | None = None
+    aggregated_weights: Mapping[str, Tensor] | None = None
+
+    def only(self, needs: Needs) -> Extras:
+        """What of it a method with these needs gets: what it declared, and nothing else."""
+        return Extras(**{item.name: getattr(self, item.name) for item in fields(self) if getattr(needs, item.name)})
+
+    def lacking(self, needs: Needs) -> tuple[str, ...]:
+        """The names of what is needed and is not here."""
+        return tuple(item.name for item in fields(self) if getattr(needs, item.name) and getattr(self, item.name) is None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is here, in one flat mapping."""
+        plain = {"label_counts": self.label_counts, "proxy_data": self.proxy_data}
+        weights = {f"aggregated_weights.{name}": tensor for name, tensor in (self.aggregated_weights or {}).items()}
+        return {name: tensor for name, tensor in plain.items() if tensor is not None} | weights

@@ -213,6 +213,24 @@ def test_distill_again_gives_the_same_student_and_resume_changes_nothing(
     assert "method.epochs=2, not 5" in other.err
 
 
+def test_a_run_stopped_by_max_seconds_goes_on_when_that_is_raised(distilled: Path, teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def start(*arguments: str) -> Outcome:
+        command = ["distill", "--teachers", teachers, "--method", "cdfkd_mfs", "--student", "lenet_bn", "--out", tmp_path / "run"]
+        return cdfkd(*command, "seed=3", *arguments, capsys=capsys)
+
+    assert "stopped by engine.max_seconds" in start("engine.max_seconds=0").out
+    assert (read_summary(tmp_path / "run")["stopped_by"], len((tmp_path / "run" / "losses.csv").read_text().splitlines())) == ("max_seconds", 1 + 1)
+    again = start("engine.max_seconds=0", "--resume")
+    assert "is finished: engine.max_seconds=0.0 stopped it, raise that to go on" in again.err
+    assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 1 + 1
+    longer = start("engine.max_seconds=1000", "--resume")
+    assert "which is raised: going on" in longer.err
+    summary = read_summary(tmp_path / "run")
+    assert (summary["finished"], summary["stopped_by"], len(summary["rounds"])) == (True, "schedule", 1)
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (distilled / "student.safetensors").read_bytes()
+    assert "is finished\n" in start("--resume").err
+
+
 def test_report_prints_the_table_and_keeps_the_result(distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = cdfkd("report", distilled, "--keep", tmp_path, capsys=capsys)
     assert outcome.status == 0

@@ -7,17 +7,19 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from cdfkd_strategy import seeding
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError, NeedsError, UnknownNameError
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, Needs
@@ -58,6 +60,30 @@ class NoiseDistiller(Distiller):
             self.mean_loss.mul_(0.5).add_(loss.detach(), alpha=0.5)
             self.steps += 1
         return {"student/l1": float("nan") if epoch == self.config.broken_at else float(self.mean_loss), "steps": self.steps}
+
+
+class LayerwiseSGD(torch.optim.Optimizer):
+    """Momentum, divided by its norm: a sum over the buffer, whose bits depend on the order of its memory."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].mul_(0.9).add_(parameter.grad)
+            parameter.add_(state["momentum"] / (state["momentum"].norm() + 1e-6), alpha=-0.05)
+
+
+class LayerwiseDistiller(NoiseDistiller):
+    name = "layerwise_test"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer = LayerwiseSGD(self.student.parameters())
 
 
 class NeedsBatchNorm(NoiseDistiller):
@@ -126,6 +152,23 @@ def test_resume_at_every_boundary_equals_an_uninterrupted_run(tmp_path: Path, st
     assert same(whole.student, resumed.student)
     strip = [{key: value for key, value in row.items() if key != "seconds"} for row in resumed.history]
     assert strip == [{key: value for key, value in row.items() if key != "seconds"} for row in whole.history]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_resume_keeps_the_memory_layout_of_optimiser_buffers(tmp_path: Path, stop_after: int) -> None:
+    whole = run(cls=LayerwiseDistiller)
+
+    class Interrupted(LayerwiseDistiller):
+        def run_epoch(self, epoch: int) -> Mapping[str, float]:
+            if epoch == stop_after:
+                raise KeyboardInterrupt
+            return super().run_epoch(epoch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, cls=Interrupted)
+    resumed = run(tmp_path, cls=LayerwiseDistiller, resume=True)
+    assert any(weight.dim() == 4 and not weight.is_contiguous() for weight in resumed.student.parameters())
+    assert same(whole.student, resumed.student)
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
@@ -209,3 +252,53 @@ def test_a_configuration_for_a_gpu_can_be_read_anywhere_and_run_only_there() -> 
     engine = EngineConfig(device="cuda:0")
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         engine.runtime()
+
+
+# -- what bits depend on -------------------------------------------------------------------------------------------
+
+
+class Watching(NoiseDistiller):
+    """Notes the settings under which its epochs are computed."""
+
+    name = "watching_test"
+    seen: ClassVar[list[tuple[int, bool]]] = []
+
+    def run_epoch(self, epoch: int) -> Mapping[str, float]:
+        self.seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+        return super().run_epoch(epoch)
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [("cpu", False), ("cuda", True)])
+def test_epochs_run_in_the_scope_of_their_runtime(device: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "place", lambda self, module: module)  # so that a test of the settings needs no GPU
+    monkeypatch.setattr(Watching, "seen", [])
+    run(cls=Watching, runtime=Runtime(device=device, threads=2))
+    assert Watching.seen == [(2, deterministic)] * 4
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_resumed_run_keeps_the_runtime_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(Watching, "seen", [])
+    run(tmp_path, cls=Watching, engine={"threads": 1, "max_seconds": 0.0})
+    with caplog.at_level(logging.INFO), seeding.threads(2):
+        resumed = run(tmp_path, cls=Watching, engine={"threads": 3}, resume=True)
+    assert Watching.seen == [(1, False)] * 4
+    assert resumed.runtime.threads == 1
+    assert "engine.threads=3: not used, the run goes on as it began, on cpu with 1 threads" in caplog.text
+
+
+def test_a_device_that_is_gone_can_only_be_replaced_by_a_named_one(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    began = Runtime(device="cuda:1", channels_last=False, threads=7)
+    for device in ("auto", "cuda:1"):
+        with pytest.raises(CheckpointError, match=r"was started on 'cuda:1', which torch does not see here; .* \(engine.device=cpu\)"):
+            EngineConfig(device=device).continued(began)
+    with pytest.raises(ConfigError, match="torch sees no CUDA device"):
+        EngineConfig(device="cuda:0").continued(began)
+    assert EngineConfig(device="cpu").continued(began) == Runtime(device="cpu", channels_last=False, threads=7)
+    assert "the run was started on cuda:1, which is gone; it goes on on cpu" in caplog.text
+    here = Runtime(device="cpu", threads=5)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert EngineConfig(threads=5).continued(here) is here
+    assert not caplog.text

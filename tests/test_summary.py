@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from cdfkd_strategy import provenance
+from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.run_config import RunConfig, from_values
-from cdfkd_strategy.summary import SummaryWriter, read_summary, validate
+from cdfkd_strategy.summary import SummaryWriter, check_same_config, read_summary, validate
+from cdfkd_strategy.types import ImageSpec
 
 SECONDS = {"clients": 1.5, "distill": 20.0, "evaluate": 0.5}
 
@@ -79,6 +81,19 @@ def test_resume_with_another_configuration_says_which_key(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"data\.partition\.alpha=0\.1, not 0\.7"):
         SummaryWriter(tmp_path, from_values({"data": {"partition": {"alpha": 0.7}}}), resume=True)
     SummaryWriter(tmp_path, from_values({"data": {"partition": {"alpha": 0.1}}, "engine": {"max_seconds": 5}}), resume=True)
+
+
+def test_a_run_of_a_version_that_lacked_a_setting_is_the_same_run_with_its_default(tmp_path: Path) -> None:
+    config = RunConfig(seed=7)
+    SummaryWriter(tmp_path, config)
+    before = json.loads((tmp_path / "summary.json").read_text())
+    del before["config"]["data"]["image"], before["config"]["server"]["min_available_nodes"]
+    check_same_config(before["config"], config)
+    with pytest.raises(CheckpointError, match=r"data\.image=None"):
+        check_same_config(before["config"], RunConfig(seed=7, data=DataConfig(image=ImageSpec(1, 8, 8, 10))))
+    before["config"]["data"]["colour"] = "blue"  # a setting that is no more
+    with pytest.raises(CheckpointError, match="data"):
+        check_same_config(before["config"], config)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -66,6 +66,16 @@ def test_the_format_is_the_documented_one(directory: Path) -> None:
     assert index["seed"] == 7
 
 
+def test_disclosed_counts_are_kept_apart_from_the_oracles(directory: Path, tmp_path: Path) -> None:
+    assert load_teachers(directory).label_counts is None
+    disclosed = [[1, 1, 1, 1], [0, 0, 2, 0], [6, 0, 0, 0]]
+    save_teachers(tmp_path / "opted", teachers(label_counts=disclosed))
+    found = load_teachers(tmp_path / "opted")
+    assert (found.label_counts, found.oracle_label_counts) == (disclosed, teachers().oracle_label_counts)
+    change(directory, lambda index: index.pop("disclosed"))  # as older versions wrote it
+    assert load_teachers(directory).label_counts is None
+
+
 def test_the_same_teachers_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_teachers(tmp_path / name, teachers())
@@ -148,6 +158,7 @@ def set_first(name: str, value: object) -> Any:
         (lambda index: index["teachers"].clear(), "at least one"),
         (lambda index: index.update(teachers=[3]), "not what this version writes"),
         (lambda index: index["oracle"].update(label_counts=[[1, 2]]), "oracle label counts"),
+        (lambda index: index["disclosed"].update(label_counts=[[1, 2]]), "disclosed label counts"),
         (set_first("key", "1"), "each with its own key"),
         (set_first("arch", "no_such_net"), "unknown architecture 'no_such_net'"),
         (set_first("file", "../teacher-0.safetensors"), "a file name inside"),

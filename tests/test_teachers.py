@@ -49,6 +49,20 @@ def test_fused_is_the_weighted_sum_of_log_probabilities(images: torch.Tensor) ->
     assert torch.allclose(teachers.fused(images), F.log_softmax(pooled, 1), atol=1e-6)
 
 
+def test_teachers_without_a_weight_do_not_count(images: torch.Tensor) -> None:
+    teachers = ensemble("small_cnn", "lenet", "lenet_bn")
+    assert teachers.counted == [0, 1, 2]
+    assert teachers.only([0, 1, 2]) is teachers
+    teachers.weights.copy_(torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.0, 0.0], [0.5, 0.0, 1.0]]))
+    assert teachers.counted == [0, 2]
+    some = teachers.only(teachers.counted)
+    assert torch.equal(some.weights, teachers.weights[[0, 2]])
+    assert some.specs == (teachers.specs[0], teachers.specs[2])
+    assert some.nets[1] is teachers.nets[2]
+    assert torch.equal(some(images), teachers(images)[[0, 2]])
+    assert torch.allclose(some.fused(images), teachers.fused(images), atol=1e-6)
+
+
 def test_teachers_stay_frozen(images: torch.Tensor) -> None:
     teachers = ensemble("small_cnn", "small_cnn")
     before = [state_hash(net.state_dict()) for net in teachers.nets]

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from cdfkd_strategy.cli.showing import show_run
+from cdfkd_strategy.cli.showing import show_labels, show_run
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.run_config import RunConfig, resolve
 from cdfkd_strategy.summary import FILE_NAME, check_same_config, read_summary
@@ -28,10 +28,12 @@ def run(args: argparse.Namespace) -> None:
 def teachers(args: argparse.Namespace) -> None:
     """Train the teachers of round 1 and write a teacher directory."""
     from cdfkd_strategy.offline import write_teachers
+    from cdfkd_strategy.pictures import images_of
 
     config = resolve(args.config, args.overrides)
     out = check_out(args.out, resume=False)
     write_teachers(config, out)
+    show_labels(config, images_of(config))
     print(f"teachers: {out}")
 
 
@@ -66,6 +68,8 @@ def check_out(path: str, *, resume: bool) -> Path:
 def is_finished(out: Path, config: RunConfig) -> bool:
     """Is there a finished run of this configuration?
 
+    A run that ``engine.max_seconds`` stopped is not finished any more once that is raised: its last distillation goes on.
+
     Raises:
         CheckpointError: there is a run of another configuration.
     """
@@ -73,6 +77,11 @@ def is_finished(out: Path, config: RunConfig) -> bool:
         return False
     summary = read_summary(out)
     check_same_config(summary["config"], config)
-    if summary["finished"]:
-        logger.info("the run in %s is finished", out)
-    return bool(summary["finished"])
+    if not summary["finished"]:
+        return False
+    limit = (summary["config"].get("engine") or {}).get("max_seconds") if summary["stopped_by"] == "max_seconds" else None
+    if limit is not None and not config.engine.is_over(limit):
+        logger.info("the run in %s was stopped by engine.max_seconds=%s, which is raised: going on", out, limit)
+        return False
+    logger.info("the run in %s is finished%s", out, "" if limit is None else f": engine.max_seconds={limit} stopped it, raise that to go on")
+    return True

@@ -12,28 +12,34 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
-from cdfkd_strategy.cli.tables import run_table, show
+from cdfkd_strategy.cli.tables import label_table, run_table, show
 from cdfkd_strategy.config import bind, to_dict
+from cdfkd_strategy.data.image_data import ImageData
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.errors import CDFKDError, MissingExtraError
+from cdfkd_strategy.harness import Harness
 from cdfkd_strategy.methods import METHODS
 from cdfkd_strategy.report import collect, find_results, markdown_report, rewrite_tables
 from cdfkd_strategy.run_config import RunConfig, config_names, resolve
-from cdfkd_strategy.summary import FILE_NAME, read_summary
+from cdfkd_strategy.summary import FILE_NAME, discloses_counts, read_summary
 
 logger = logging.getLogger(__name__)
 
 
 def methods(args: argparse.Namespace) -> None:  # noqa: ARG001 - one signature for all commands
-    """A table of the registered methods."""
+    """A table of the registered methods, with what a client of this package tells a server that runs them."""
+    from cdfkd_strategy.flower.disclosure import OPTED_IN, disclosed, needed
+
     table = Table()
-    for column in ("name", "method", "paper", "needs (a client discloses its weights, and)", "from"):
-        table.add_column(column, overflow="fold")
+    for column in ("name", "method", "paper", "a client discloses", "the method needs", "from"):
+        table.add_column(column, overflow="fold", no_wrap=column == "paper")
     for name in METHODS:
         cls = METHODS[name]
         title, paper = describe(cls)
-        table.add_row(name, title, paper, ", ".join(need.replace("_", " ") for need in cls.needs.disclosed()) or "nothing else", origin(cls))
+        told = "; ".join(disclosed(label_counts=cls.needs.label_counts))
+        table.add_row(name, title, paper, told, ", ".join(needed(cls.needs)) or "the networks", origin(cls))
     show(table)
+    print(f"{', '.join(OPTED_IN.values())}: only where server.weights=label_counts asks for them and the client consents")
 
 
 def describe(cls: type[Distiller]) -> tuple[str, str]:
@@ -80,19 +86,31 @@ def report(args: argparse.Namespace) -> None:
         logger.info("%s: %s", args.readme, "tables rewritten" if changed else "tables were up to date")
 
 
+def show_labels(config: RunConfig, data: ImageData | None) -> None:
+    """Who holds which classes, as the configuration deals them; nothing without the data set."""
+    counts = Harness(config, data).label_counts
+    if data is not None and counts is not None:
+        show(label_table(counts, data.class_names))
+
+
 def show_run(directory: Path) -> None:
-    """The table of a run, its pictures (drawn now), and where everything is."""
+    """The tables of a run, its pictures (drawn now), and where everything is."""
+    from cdfkd_strategy.pictures import draw_pictures, images_of
+
     summary = read_summary(directory)
     show(run_table(summary))
+    if discloses_counts(summary):
+        print("disclosed by every client: its label counts per class (server.weights=label_counts)")
+    config = bind(RunConfig, summary["config"])
+    data = images_of(config)
+    show_labels(config, data)
     if not summary["finished"]:
         print("this run is not finished; continue it with --resume")
     elif summary["stopped_by"] != "schedule":
         print(f"the distillation was stopped by engine.{summary['stopped_by']} before the end of its schedule")
     pictures: list[Path] = []
     try:
-        from cdfkd_strategy.pictures import draw_pictures
-
-        pictures = draw_pictures(directory, bind(RunConfig, summary["config"]))
+        pictures = draw_pictures(directory, config, data)
     except MissingExtraError as error:
         logger.info("no pictures: %s", error)
     print(f"results:  {directory / FILE_NAME}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from cdfkd_strategy.summary import discloses_counts
 
 ROWS = (
     ("fedavg", "one-shot FedAvg"),
@@ -21,6 +26,42 @@ ROWS = (
 """Accuracy keys with one value, in the order of the table; lists come before the row that follows from them."""
 
 
+MAX_CLIENTS, MAX_CLASSES, MAX_NAME = 20, 12, 10
+"""Rows, columns, and characters of a class name in the table of labels."""
+
+
+def label_table(counts: np.ndarray, class_names: Sequence[str]) -> Table:
+    """Training samples per client and class, the first of each where there are many.
+
+    Args:
+        counts: ``[clients, C]``.
+        class_names: ``C``.
+    """
+    clients, classes = counts.shape
+    shown = counts[:MAX_CLIENTS, :MAX_CLASSES]
+    limits = ((MAX_CLIENTS, clients, "clients"), (MAX_CLASSES, classes, "classes"))
+    cut = " and ".join(f"{most} of {there} {what}" for most, there, what in limits if there > most)
+    table = Table(
+        title="training samples per client and class, as the simulation deals them",
+        caption=f"shown: the first {cut}; totals are over all" if cut else None,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("client")
+    for name in class_names[: shown.shape[1]]:
+        table.add_column(escape(str(name)[:MAX_NAME]), justify="right")
+    table.add_column("all", justify="right")
+    for client, row in enumerate(shown):
+        table.add_row(str(client), *map(_count, row), str(counts[client].sum()))
+    table.add_row("all", *map(_count, counts.sum(0)[: shown.shape[1]]), str(counts.sum()), style="dim")
+    return table
+
+
+def _count(samples: int) -> str:
+    return f"{samples}" if samples else "[dim]0[/dim]"
+
+
 def run_table(summary: Mapping[str, Any]) -> Table:
     """Accuracies of a run, a column per round."""
     rounds = summary["rounds"]
@@ -32,9 +73,10 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     for key, label in ROWS:
         if key == "student_mean":
             _list_rows(table, rounds, "student_heads", "student, header")
+        title = "ensemble, disclosed label counts" if key == "ensemble_estimated" and discloses_counts(summary) else label
         values = [record["accuracy"][key] for record in rounds]
         if any(value is not None for value in values) or key in ("fedavg", "student_merged"):
-            table.add_row(label, *map(percent, values), style="bold" if key == "student_merged" else "")
+            table.add_row(title, *map(percent, values), style="bold" if key == "student_merged" else "")
     return table
 
 

@@ -1,4 +1,4 @@
-"""One client's share of the training set, with its own held-out test part."""
+"""One client's share of the training set, or a set of its own, with its own test part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def client_share(data: ImageData, config: DataConfig, clients: int, partition_id
         config: partition and ``local_test`` fraction.
         clients: ``K``.
         partition_id: 0..K-1.
-        seed: of the run.
+        seed: of the run; ``config.seed`` goes before it.
 
     Raises:
         ConfigError: no such client.
@@ -45,13 +45,33 @@ def client_share(data: ImageData, config: DataConfig, clients: int, partition_id
     """
     if not 0 <= partition_id < clients:
         raise ConfigError(f"partition id {partition_id}; accepted: 0..{clients - 1} for {clients} clients")
+    seed = config.seed_in(seed)
     train, test = _hold_out(_parts(data, config, clients, seed)[partition_id], config.local_test, seed, partition_id)
+    rows, held = torch.from_numpy(train), torch.from_numpy(test)
+    return ClientShare(data.x_train[rows], data.y_train[rows], data.x_train[held], data.y_train[held])
+
+
+def own_share(data: ImageData, config: DataConfig, partition_id: int, seed: int) -> ClientShare:
+    """All of a client's own set: it trains on the training images and tests on the test images.
+
+    Where there are no test images, the ``local_test`` fraction of the training images is held out, as in `client_share`.
+
+    Args:
+        data: the client's own set.
+        config: ``local_test``.
+        partition_id: of the client.
+        seed: of the run.
+    """
+    if len(data.x_test):
+        return ClientShare(data.x_train, data.y_train, data.x_test, data.y_test)
+    train, test = _hold_out(np.arange(len(data.y_train)), config.local_test, config.seed_in(seed), partition_id)
     rows, held = torch.from_numpy(train), torch.from_numpy(test)
     return ClientShare(data.x_train[rows], data.y_train[rows], data.x_train[held], data.y_train[held])
 
 
 def train_label_counts(data: ImageData, config: DataConfig, clients: int, seed: int) -> NDArray[np.int64]:
     """How many samples of each class every client trains on, ``[K, C]``, local test parts excluded: the oracle."""
+    seed = config.seed_in(seed)
     parts = _parts(data, config, clients, seed)
     trained = [_hold_out(part, config.local_test, seed, client).train for client, part in enumerate(parts)]
     return label_counts(data.y_train.numpy(), trained, data.image.num_classes)

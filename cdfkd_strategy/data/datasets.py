@@ -36,7 +36,8 @@ class DataConfig:
     """Which images, how many of them, and who holds them.
 
     Args:
-        name: a name in `DATASETS`, or of a file ``NAME.npz`` in the folder that ``CDFKD_DATA`` names.
+        name: a name in `DATASETS`, or of a file ``NAME.npz`` in the folder that ``CDFKD_DATA`` names; None where the
+            server has no images (a deployment), and ``image`` says what the clients' are like.
         path: the image folder (``folder``), the file (``npz``), or where a named set lies or is downloaded to.
         train_size: samples of a seeded class-stratified subset of the training set; None takes all.
         test_size: the same of the test set.
@@ -45,12 +46,17 @@ class DataConfig:
         image_size: square side in pixels that images are resized to; None keeps their size.
         partition: how training samples are dealt to clients.
         local_test: fraction of every client's share that it keeps for testing, 0 to below 1.
+        seed: of the subsets, the shares and the local test parts; None is the run's. `cdfkd distill` fills in that of the
+            run that trained the teachers, so that a distillation with another seed is still about their data.
+        image: what networks take; None is what the data set gives. A set must have images of this shape, and no more classes.
+        class_names: in the order of their numbers; the folders of an image folder are numbered by it, so that a class
+            has one number at all clients. None numbers them by name.
 
     Raises:
         ConfigError: a value is outside what is accepted.
     """
 
-    name: str = "digits"
+    name: str | None = "digits"
     path: str | None = None
     train_size: int | None = None
     test_size: int | None = None
@@ -58,14 +64,25 @@ class DataConfig:
     image_size: int | None = None
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     local_test: float = 0.1
+    seed: int | None = None
+    image: ImageSpec | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.name is None and self.image is None:
+            raise ConfigError("data.name is null, so no data set says what the images are like; give data.image: channels, height, width and num_classes")
+        if self.image is not None and self.class_names is not None and len(self.class_names) != self.image.num_classes:
+            raise ConfigError(f"data.class_names are {len(self.class_names)} names; accepted: data.image.num_classes = {self.image.num_classes} of them")
         if not 0 <= self.local_test < 1:
             raise ConfigError(f"data.local_test is {self.local_test}; accepted: a fraction from 0 to below 1")
         for name, least in (("train_size", 1), ("test_size", 1), ("validation_size", 1), ("image_size", 4)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"data.{name} is {value}; accepted: at least {least}, or null")
+
+    def seed_in(self, run: int) -> int:
+        """The seed of everything about the data, in a run with the seed ``run``."""
+        return run if self.seed is None else self.seed
 
 
 Source = Callable[[DataConfig], ImageArrays]
@@ -79,30 +96,61 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
 
     Args:
         config: which set and how much of it.
-        seed: of the run; it draws the subsets, never the split into training and test.
+        seed: of the run; it draws the subsets (unless ``config.seed`` does), never the split into training and test.
 
     Raises:
         UnknownNameError: no such data set.
-        DataError: the set is missing, broken, or smaller than the subset asked for.
+        ConfigError: the configuration names none.
+        DataError: the set is missing, broken, smaller than the subset asked for, or not of the images that ``image`` says.
         MissingExtraError: ``digits`` without scikit-learn.
     """
-    arrays = _hold_out(_source(config)(config), config.validation_size)
+    if config.name is None:
+        raise ConfigError("data.name is null: the run has no images, and here they are needed; name a data set (a client may also have its own: data-path)")
+    arrays, seed = _hold_out(_numbered(_source(config)(config), config), config.validation_size), config.seed_in(seed)
     mean, std = normalisation(_known_name(config), arrays.x_train)
     x_train, y_train, train = _subset(arrays.x_train, arrays.y_train, config.train_size, "train", seed)
     x_test, y_test, _ = _subset(arrays.x_test, arrays.y_test, config.test_size, "test", seed)
     if config.image_size is not None:
         x_train, x_test = resize_pixels(x_train, config.image_size), resize_pixels(x_test, config.image_size)
     channels, height, width = x_train.shape[1:]
+    image = _agreed(ImageSpec(channels, height, width, len(arrays.class_names), mean, std), config)
     return ImageData(
         x_train=_tensor(x_train),
         y_train=_tensor(y_train),
         x_test=_tensor(x_test),
         y_test=_tensor(y_test),
-        class_names=arrays.class_names,
-        image=ImageSpec(channels, height, width, len(arrays.class_names), mean, std),
+        class_names=(*arrays.class_names, *map(str, range(len(arrays.class_names), image.num_classes))),
+        image=image,
         domain_train=None if arrays.domain_train is None else _tensor(arrays.domain_train[train]),
         domain_names=arrays.domain_names,
     )
+
+
+def _numbered(arrays: ImageArrays, config: DataConfig) -> ImageArrays:
+    """The arrays with the configuration's class names; the labels of an image folder are numbered by them, others are numbers already."""
+    names = config.class_names
+    if names is None:
+        return arrays
+    if config.name != "folder":
+        return dataclasses.replace(arrays, class_names=names)
+    unknown = sorted(set(arrays.class_names) - set(names))
+    if unknown:
+        raise DataError(f"{config.path} has folders named {', '.join(unknown[:5])}; accepted (data.class_names): {', '.join(names)}")
+    number = np.array([names.index(name) for name in arrays.class_names], np.int64)
+    return dataclasses.replace(arrays, y_train=number[arrays.y_train], y_test=number[arrays.y_test], class_names=names)
+
+
+def _agreed(found: ImageSpec, config: DataConfig) -> ImageSpec:
+    """What the networks of the run take, if the data set fits it; normalisation is the run's, so that all parties agree."""
+    wanted = config.image
+    if wanted is None:
+        return found
+    if found.shape != wanted.shape or found.num_classes > wanted.num_classes:
+        raise DataError(
+            f"the data set {config.path or config.name} has images of {found.shape} and {found.num_classes} classes; accepted in this run (data.image): "
+            f"{wanted.shape} (channels, height, width) and at most {wanted.num_classes} classes; data.image_size resizes"
+        )
+    return wanted
 
 
 def _hold_out(arrays: ImageArrays, size: int | None) -> ImageArrays:
@@ -136,7 +184,7 @@ def _tensor(array: NDArray[np.uint8] | NDArray[np.int64]) -> Tensor:
 
 
 def _known_name(config: DataConfig) -> str:
-    return Path(config.path).stem if config.name == "npz" and config.path else config.name
+    return Path(config.path).stem if config.name == "npz" and config.path else str(config.name)
 
 
 def _source(config: DataConfig) -> Source:
@@ -145,7 +193,7 @@ def _source(config: DataConfig) -> Source:
         file = _npz_file(config)
         if file is not None:
             return lambda _: load_npz(file)
-    if config.name not in DATASETS:
+    if config.name is None or config.name not in DATASETS:
         raise UnknownNameError("data set", config.name, {*DATASETS, *_local_names()})
     return DATASETS[config.name]
 

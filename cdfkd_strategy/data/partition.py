@@ -1,4 +1,4 @@
-"""Who holds which training samples: iid, Dirichlet label skew, few classes per client, or one domain per client."""
+"""Who holds which training samples: iid, Dirichlet label skew, few classes per client, one domain per client, or images of their own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from cdfkd_strategy.seeding import numpy_rng
 MAX_DRAWS = 1000
 """How often a random partition is redrawn before it is an error."""
 
+OWN = "own"
+"""Not a partition: the clients have images of their own, and nothing is dealt."""
+
 
 @dataclass(frozen=True)
 class PartitionConfig:
     """How the training samples are dealt to the clients.
 
     Args:
-        name: a name in `PARTITIONERS`.
+        name: a name in `PARTITIONERS`; or "own" in a deployment whose clients have images of their own, so that nothing is dealt.
         alpha: ``dirichlet``: concentration; small is skewed (0.1), large is even (100).
         min_samples: the least number of samples that any client may get.
         classes_per_client: ``pathological``: classes that each client holds.
@@ -84,8 +87,13 @@ def partition_indices(
 
     Raises:
         UnknownNameError: no such partitioner.
-        DataError: the samples cannot be dealt as asked.
+        DataError: the samples cannot be dealt as asked, or not at all.
     """
+    if config.name == OWN:
+        raise DataError(
+            f"data.partition.name is {OWN!r}: every client has images of its own, so there is nothing to deal; give the client its images "
+            f"(data-path in its node's configuration), or choose a partition: {', '.join(sorted(PARTITIONERS))}"
+        )
     partitioner = PARTITIONERS[config.name]
     if clients < 1:
         raise ConfigError(f"{clients} clients; accepted: at least 1")

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from cdfkd_strategy.config import to_dict
-from cdfkd_strategy.data.datasets import ImageData, load_data
+from cdfkd_strategy.data.datasets import DataConfig, ImageData, load_data
 from cdfkd_strategy.errors import ConfigError, MissingExtraError
 from cdfkd_strategy.flower import client, payload
 from cdfkd_strategy.flower.run_state import STATE_FILE
@@ -22,6 +22,7 @@ from cdfkd_strategy.harness import Harness
 from cdfkd_strategy.provenance import peak_memory_mb
 from cdfkd_strategy.run_config import PATIENCE, RunConfig, resolve
 from cdfkd_strategy.summary import SummaryWriter
+from cdfkd_strategy.types import ImageSpec
 
 logger = logging.getLogger("flwr")
 
@@ -29,25 +30,29 @@ _SERVER_ONLY = ("engine", "method")
 """Parts of a configuration that clients do not need, and that may name what only the server has."""
 
 
-def make_client_app(config: RunConfig | None = None) -> ClientApp:
+def make_client_app(config: RunConfig | None = None, *, data: DataConfig | None = None) -> ClientApp:
     """A ClientApp that trains, evaluates and says who it is.
+
+    A client trains on its share of the run's data set, or on all of a set of its own: ``data``, or what its node's
+    configuration names (``data-path``, ``data-name``).
 
     Args:
         config: of the run; None takes what the server sends with every message.
+        data: this client's own data set; image size, normalisation and class numbers are the run's.
     """
     app = ClientApp()
 
     @app.query(payload.HELLO_ACTION)
     def hello(message: Message, context: Context) -> Message:
-        return client.hello(message, context, config)
+        return client.hello(message, context, config, data)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return client.train(message, context, config)
+        return client.train(message, context, config, data)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return client.evaluate(message, context, config)
+        return client.evaluate(message, context, config, data)
 
     return app
 
@@ -88,11 +93,11 @@ def from_run_config(values: UserConfig) -> tuple[RunConfig, Path | None]:
     return config, Path(out) if out else None
 
 
-def make_strategy(config: RunConfig, data: ImageData, harness: Harness, out: Path | None, *, resume: bool) -> CDFKDStrategy:
+def make_strategy(config: RunConfig, image: ImageSpec, harness: Harness, out: Path | None, *, resume: bool) -> CDFKDStrategy:
     """The strategy of a configuration."""
     method, method_config = config.method_config()
     return CDFKDStrategy(
-        data.image,
+        image,
         architecture=config.clients.architectures[0],
         architectures=config.clients.architectures,
         student=config.student.backbone,
@@ -115,27 +120,45 @@ def make_strategy(config: RunConfig, data: ImageData, harness: Harness, out: Pat
         fraction_evaluate=config.server.fraction_evaluate,
         min_train_nodes=1,
         min_evaluate_nodes=1,
-        min_available_nodes=config.clients.count,
+        min_available_nodes=config.server.min_available_nodes,
+        expected_nodes=config.clients.count,
     )
 
 
 def serve(grid: Grid, config: RunConfig, out: Path | None, *, resume: bool) -> CDFKDStrategy:
-    """Run one configuration on a grid, keeping ``summary.json`` up to date after every round."""
-    data = load_data(config.data, config.seed)
+    """Run one configuration on a grid, keeping ``summary.json`` up to date after every round.
+
+    The order of files on disk lets a killed run continue from any moment. ``state.json`` is the first file, since without
+    it the next start finds a directory that is not empty and no run in it. A run that is continued is unfinished in its
+    summary before its state changes; a round is in the summary before the state calls it over; ``"finished"`` comes last.
+    """
+    data = None if config.data.name is None else load_data(config.data, config.seed)
+    image = config.data.image if data is None else data.image
+    assert image is not None
     harness = Harness(config, data)
-    strategy = make_strategy(config, data, harness, out, resume=resume)
+    strategy = make_strategy(config, image, harness, out, resume=resume)
+    settings = _for_clients(config, image, data)
+    if not resume:
+        strategy.session.open(ArrayRecord(), settings)
     summary = None if out is None else SummaryWriter(out, config, resume=resume)
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:  # noqa: ARG001 - Flower's signature
         return _examine(strategy, harness, summary, server_round)
 
-    sent = {key: value for key, value in to_dict(config).items() if key not in _SERVER_ONLY}
-    sent["server"] = {key: value for key, value in sent["server"].items() if key not in PATIENCE}
-    settings = ConfigRecord({payload.RUN_CONFIG: json.dumps(sent)})
     strategy.start(grid, None, config.server.rounds, config.server.timeout, settings, settings, evaluate)
     if summary is not None:
         summary.finish("max_seconds" if any(record.stopped_by == "max_seconds" for record in strategy.rounds) else "schedule")
     return strategy
+
+
+def _for_clients(config: RunConfig, image: ImageSpec, data: ImageData | None) -> ConfigRecord:
+    """What clients need of the configuration; what the networks take and the names of the classes as the server knows them."""
+    sent = {key: value for key, value in to_dict(config).items() if key not in _SERVER_ONLY}
+    sent["server"] = {key: value for key, value in sent["server"].items() if key not in PATIENCE}
+    sent["data"]["image"] = to_dict(image)
+    if data is not None:
+        sent["data"]["class_names"] = list(data.class_names)
+    return ConfigRecord({payload.RUN_CONFIG: json.dumps(sent)})
 
 
 def _examine(strategy: CDFKDStrategy, harness: Harness, summary: SummaryWriter | None, server_round: int) -> MetricRecord | None:
@@ -158,8 +181,8 @@ def _draw(config: RunConfig, out: Path | None) -> None:
     if out is None:
         return
     try:
-        from cdfkd_strategy.pictures import draw_pictures
+        from cdfkd_strategy.pictures import draw_pictures, images_of
 
-        draw_pictures(out, config)
+        draw_pictures(out, config, images_of(config))
     except MissingExtraError as error:
         logger.info("no pictures: %s", error)

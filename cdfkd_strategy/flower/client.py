@@ -2,94 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.competence import LABEL_COUNTS
-from cdfkd_strategy.data.client_share import ClientShare, client_share
-from cdfkd_strategy.data.datasets import DataConfig, ImageData, load_data
+from cdfkd_strategy.data.client_share import ClientShare
+from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.errors import ConfigError, UploadError
 from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.arrays import from_record, to_record
 from cdfkd_strategy.flower.payload import AttentionFit, Broadcast, Identity
+from cdfkd_strategy.flower.place import Place, place_of
 from cdfkd_strategy.local_training import initial_model, train_teacher
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
-from cdfkd_strategy.models.head_fusion import FusedStudent, class_weights, fit_head_attention, fuse
+from cdfkd_strategy.models.head_fusion import FusedStudent, class_weights, fit_head_attention, fuse, weighted
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
-from cdfkd_strategy.run_config import RunConfig, from_values
+from cdfkd_strategy.run_config import RunConfig
 
 TEACHER_STATE = "teacher"
 """Where a client keeps its last teacher in the context of its node, to evaluate it beside the student."""
 
 
-class Place(NamedTuple):
-    """A client's place in a run: configuration, data set, and which partition it holds."""
-
-    config: RunConfig
-    data: ImageData
-    partition_id: int
-
-    @property
-    def arch(self) -> str:
-        """The architecture of this client's teacher."""
-        return self.config.clients.architecture(self.partition_id)
-
-    def share(self) -> ClientShare:
-        """This client's images."""
-        return client_share(self.data, self.config.data, self.config.clients.count, self.partition_id, self.config.seed)
+def hello(message: Message, context: Context, config: RunConfig | None, own: DataConfig | None = None) -> Message:
+    """Answer who this client is, without reading an image; no label counts."""
+    place = place_of(message, context, config, own)
+    image = place.config.data.image
+    return Message(payload.hello_reply(_teacher_record(place, None if image is None else image.num_classes)), reply_to=message)
 
 
-def place_of(message: Message, context: Context, config: RunConfig | None) -> Place:
-    """Find out which run, data and partition a message is about.
-
-    Args:
-        message: brings the run's configuration as JSON, if ``config`` is None.
-        context: its ``node_config`` holds ``partition-id``.
-        config: of the run, if the client knows it.
-
-    Raises:
-        ConfigError: there is no configuration, or no partition id.
-    """
-    if config is None:
-        text = payload.run_config_json(payload.config_of(message.content))
-        if text is None:
-            raise ConfigError("the message brings no run configuration; give make_client_app(config) one, or use make_server_app on the server")
-        config = _parse(text)
-    partition_id = context.node_config.get("partition-id")
-    if not isinstance(partition_id, int) or isinstance(partition_id, bool):
-        raise ConfigError(
-            f"the node's configuration has partition-id={partition_id!r}; accepted: an integer from 0; "
-            'start the SuperNode with --node-config "partition-id=0 num-partitions=4"'
-        )
-    return Place(config, _load(config.data, config.seed), partition_id)
-
-
-@lru_cache(maxsize=1)
-def _parse(text: str) -> RunConfig:
-    return from_values(json.loads(text))
-
-
-@lru_cache(maxsize=1)
-def _load(config: DataConfig, seed: int) -> ImageData:
-    """The data set of the last message: in a simulation the next message is about the same one."""
-    return load_data(config, seed)
-
-
-def hello(message: Message, context: Context, config: RunConfig | None) -> Message:
-    """Answer who this client is; no label counts."""
-    place = place_of(message, context, config)
-    return Message(payload.hello_reply(_teacher_record(place)), reply_to=message)
-
-
-def train(message: Message, context: Context, config: RunConfig | None) -> Message:
+def train(message: Message, context: Context, config: RunConfig | None, own: DataConfig | None = None) -> Message:
     """Train the teacher for one round, with the broadcast student if there is one, and reply with its weights."""
-    place = place_of(message, context, config)
+    place = place_of(message, context, config, own)
     settings = payload.config_of(message.content)
     server_round, device = payload.server_round(settings), _device(context)
     model = initial_model(place.arch, place.data.image, place.config.seed)
@@ -112,34 +57,36 @@ def train(message: Message, context: Context, config: RunConfig | None) -> Messa
     opted_in = context.node_config.get("label-counts", config is not None)  # a server's configuration alone is no consent
     if place.config.server.weights == LABEL_COUNTS and opted_in:
         counts = torch.bincount(share.y_train, minlength=place.data.image.num_classes).tolist()
-    return Message(payload.train_reply(arrays, metrics, len(share.x_train), _teacher_record(place, counts)), reply_to=message)
+    teacher = _teacher_record(place, place.data.image.num_classes, counts)
+    return Message(payload.train_reply(arrays, metrics, len(share.x_train), teacher), reply_to=message)
 
 
-def evaluate(message: Message, context: Context, config: RunConfig | None) -> Message:
+def evaluate(message: Message, context: Context, config: RunConfig | None, own: DataConfig | None = None) -> Message:
     """Evaluate student and own teacher on local test data, and fit attention over heads on a few training samples."""
-    place = place_of(message, context, config)
+    place = place_of(message, context, config, own)
     settings, device = payload.config_of(message.content), _device(context)
     broadcast = payload.read_broadcast(settings)
     if broadcast is None:
         raise ConfigError(f"the message to evaluate has no {payload.STUDENT_SPEC}; its sender must be a CDFKDStrategy of this package's version")
-    student = _build(broadcast, payload.arrays_of(message.content)).to(device)
+    student, weights = _build(broadcast, payload.arrays_of(message.content))
+    student = student.to(device)
     share, image = place.share(), place.data.image
     with seeding.threads(1), torch.no_grad():
         metrics: dict[str, float] = {}
         if len(share.x_test):
             heads = predict(lambda images: student(images).logits, share.x_test, image, device=device)
-            metrics["student-accuracy"] = accuracy(fuse(heads, _weights(broadcast)), share.y_test)
-            own = context.state.array_records.get(TEACHER_STATE)
-            if own is not None:
+            metrics["student-accuracy"] = accuracy(fuse(heads, weights), share.y_test)
+            last = context.state.array_records.get(TEACHER_STATE)
+            if last is not None:
                 teacher = initial_model(place.arch, image, place.config.seed)
-                _fill(teacher, own, "own last teacher")
+                _fill(teacher, last, "own last teacher")
                 metrics["teacher-accuracy"] = accuracy(predict(teacher.to(device).eval(), share.x_test, image, device=device), share.y_test)
         attention = _fit_attention(place, student, share, payload.server_round(settings), device)
     return Message(payload.evaluate_reply(metrics, len(share.x_test), attention), reply_to=message)
 
 
-def _teacher_record(place: Place, label_counts: list[int] | None = None) -> ConfigRecord:
-    return payload.identity_record(Identity(place.arch, place.partition_id), place.data.image.num_classes, label_counts)
+def _teacher_record(place: Place, num_classes: int | None, label_counts: list[int] | None = None) -> ConfigRecord:
+    return payload.identity_record(Identity(place.arch, place.partition_id), num_classes, label_counts)
 
 
 def _device(context: Context) -> str:
@@ -154,15 +101,14 @@ def _fill(model: nn.Module, arrays: ArrayRecord, what: str) -> None:
         raise ConfigError(f"the weights that came do not fit the {what}: {error}") from error
 
 
-def _build(broadcast: Broadcast, arrays: ArrayRecord) -> MultiHeaderStudent:
+def _build(broadcast: Broadcast, arrays: ArrayRecord) -> tuple[MultiHeaderStudent, Tensor]:
+    """The student and its class weights, without the heads that have no weight for any class: their teachers are too old."""
     student = broadcast.spec.build()
     _fill(student, arrays, "student")
-    return student.eval()
-
-
-def _weights(broadcast: Broadcast) -> Tensor:
     given = None if broadcast.weights is None else torch.tensor(broadcast.weights)
-    return class_weights(given, broadcast.spec.heads, broadcast.spec.image.num_classes)
+    weights = class_weights(given, broadcast.spec.heads, broadcast.spec.image.num_classes)
+    counted = weighted(weights)
+    return student.only(counted).eval(), weights[counted]
 
 
 def _student_of(content: RecordDict, settings: ConfigRecord, device: str) -> FusedStudent | None:
@@ -170,7 +116,7 @@ def _student_of(content: RecordDict, settings: ConfigRecord, device: str) -> Fus
     broadcast = payload.read_broadcast(settings)
     if broadcast is None:
         return None
-    return FusedStudent(_build(broadcast, payload.arrays_of(content, payload.STUDENT)), _weights(broadcast)).to(device)
+    return FusedStudent(*_build(broadcast, payload.arrays_of(content, payload.STUDENT))).to(device)
 
 
 def _fit_attention(place: Place, student: MultiHeaderStudent, share: ClientShare, server_round: int, device: str) -> AttentionFit | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cdfkd_strategy.errors import UploadError
 from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.architectures import Architectures
-from cdfkd_strategy.flower.exchange import Exchange, last_line, message_to
+from cdfkd_strategy.flower.exchange import Exchange, last_line, message_to, wait_for_nodes
 from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.payload import AttentionFit, Identity
 from cdfkd_strategy.flower.roster import Client, Roster
@@ -36,6 +36,23 @@ class Clients:
         self.architectures = architectures
         self.roster = Roster(options.image.num_classes)
         self.exchange = Exchange()
+
+    def wait(self, grid: Grid, usable: int) -> list[int]:
+        """The nodes of a round: as many as are expected or, when the time is up, no fewer than the round needs.
+
+        Args:
+            grid: of the run.
+            usable: teachers that the round has already: those that it may use again.
+
+        Raises:
+            TooFewTeachersError: there are too few.
+        """
+        options = self.options
+        least = options.min_available_nodes
+        if least is None:
+            least = max(options.min_teachers - usable, 1)
+        least = max(least, options.min_train_nodes)
+        return wait_for_nodes(grid, max(least, options.expected_nodes or 0), options.node_wait, least)
 
     def connected(self, grid: Grid, nodes: list[int], config: ConfigRecord, server_round: int, num_rounds: int, timeout: float | None) -> list[Client]:
         """Who is behind these nodes, sorted by key; nodes not known yet are asked, where it matters.

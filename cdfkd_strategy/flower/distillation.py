@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.checkpoint import has_state, load_tensors, save_tensors
+from cdfkd_strategy.checkpoint import has_state, load_state, load_tensors, save_tensors
 from cdfkd_strategy.competence import LABEL_COUNTS, estimate
 from cdfkd_strategy.engine import DistillResult, distill
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.options import Options
+from cdfkd_strategy.flower.run_state import RunState
 from cdfkd_strategy.flower.uploads import Upload, Uploads
 from cdfkd_strategy.models.generators import sample_images
 from cdfkd_strategy.models.head_fusion import class_weights
@@ -25,6 +27,7 @@ from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.single_header import distill_single_header
 from cdfkd_strategy.student_io import load_student, save_student
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+from cdfkd_strategy.types import Extras
 from cdfkd_strategy.warm_start import first_student
 
 logger = logging.getLogger("flwr")
@@ -80,7 +83,33 @@ def teacher_weights(teachers: TeacherEnsemble, uploads: Sequence[Upload], live: 
     return class_weights(weights, len(uploads), teachers.image.num_classes).float()
 
 
-def distil_round(options: Options, teachers: TeacherEnsemble, previous: MultiHeaderStudent | None, server_round: int) -> Distilled:
+def extras_of(options: Options, uploads: Uploads, teachers: TeacherEnsemble) -> Extras:
+    """What the server has besides the teachers: the label counts of their uploads, where clients were asked for them."""
+    if not options.label_counts:
+        return Extras()
+    return Extras(label_counts=torch.tensor([uploads[spec.key].label_counts for spec in teachers.specs]))
+
+
+def run_runtime(options: Options, began: Runtime | None, *, resumed: bool) -> Runtime:
+    """Device, threads and layout of all rounds of a run: resolved by its first start, and kept by later ones.
+
+    Args:
+        options: the strategy's settings.
+        began: what the run's state says; None at a first start, and in a state of an earlier version, whose checkpoint has it.
+        resumed: is this a later start?
+
+    Raises:
+        ConfigError: the device that the settings name is not there.
+        CheckpointError: the device that the run began on is not there.
+    """
+    if began is None and resumed and options.run_dir is not None and has_state(options.run_dir / "checkpoint"):
+        began = Runtime.from_dict(load_state(options.run_dir / "checkpoint")["runtime"])
+    return options.engine.runtime() if began is None else options.engine.continued(began)
+
+
+def distil_round(
+    options: Options, teachers: TeacherEnsemble, previous: MultiHeaderStudent | None, server_round: int, uploads: Uploads, runtime: Runtime
+) -> Distilled:
     """Distil the ensemble into the last round's student, and write student and single header to the run directory.
 
     With a run directory, an interrupted distillation of this round is continued from the engine's checkpoint.
@@ -90,9 +119,13 @@ def distil_round(options: Options, teachers: TeacherEnsemble, previous: MultiHea
         teachers: the ensemble with its class weights.
         previous: the last round's student; None in the first.
         server_round: from 1.
+        uploads: behind the teachers.
+        runtime: of the whole run.
     """
     weights = teachers.weights.cpu().clone()
-    result = _distil(options, teachers, student_for(options, previous, teachers, server_round), server_round)
+    with runtime.scope():
+        before = student_for(options, previous, teachers, server_round)
+    result = _distil(options, teachers, before, server_round, uploads, runtime)
     student: Any = result.student
     done = Distilled(student, None, teachers, result.generator, result.history, result.stopped_by, result.runtime)
     if options.broadcast == "single":
@@ -116,30 +149,46 @@ def read_back(options: Options) -> Distilled:
     return Distilled(student.eval(), single)
 
 
-def restore(options: Options, teachers: TeacherEnsemble, server_round: int) -> Distilled:
+def restore(options: Options, teachers: TeacherEnsemble, server_round: int, uploads: Uploads, runtime: Runtime) -> Distilled:
     """What `distil_round` gave before the server was restarted; generator and history too, if the checkpoint is complete."""
     done = read_back(options)
     done.teachers = teachers
     assert options.run_dir is not None
     if has_state(options.run_dir / "checkpoint"):
-        result = _distil(options, teachers, student_for(options, None, teachers, 1), server_round)  # reads the last epoch's checkpoint, runs none
+        student = student_for(options, None, teachers, 1)
+        reading = dataclasses.replace(options, engine=dataclasses.replace(options.engine, max_seconds=0.0))  # the last epoch's checkpoint, and no epoch more
+        result = _distil(reading, teachers, student, server_round, uploads, runtime)
         done.generator, done.history, done.stopped_by, done.runtime = result.generator, result.history, result.stopped_by, result.runtime
     return done
 
 
-def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStudent, server_round: int) -> DistillResult:
-    return distill(
-        teachers,
-        student,
+def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStudent, server_round: int, uploads: Uploads, runtime: Runtime) -> DistillResult:
+    """Distil the teachers that count into their headers; a header whose teacher is too old stays as it is."""
+    counted = teachers.counted
+    live = teachers.only(counted)
+    result = distill(
+        live,
+        student.only(counted),
         options.method,
         config=options.method_config,
         image=options.image,
         seed=round_seed(options.seed, server_round),
         out=options.run_dir,
-        evaluate=None if options.watch is None else options.watch(teachers.weights.cpu().clone()),
+        evaluate=None if options.watch is None else options.watch(live.weights.cpu().clone()),
         engine=options.engine,
         resume=options.run_dir is not None,
+        runtime=runtime,
+        extras=extras_of(options, uploads, live),
     )
+    result.runtime.place(teachers)
+    return result._replace(student=result.runtime.place(student).eval())
+
+
+def may_go_on(options: Options, state: RunState) -> bool:
+    """Did ``engine.max_seconds`` stop the last distillation, and does it allow more by now? (An earlier round is over: clients have its student.)"""
+    if state.phase not in ("distilled", "evaluated") or state.record.stopped_by != "max_seconds" or options.run_dir is None:
+        return False
+    return not options.engine.is_over(state.record.seconds["distill"]) and has_state(options.run_dir / "checkpoint")
 
 
 def student_for(options: Options, previous: MultiHeaderStudent | None, teachers: TeacherEnsemble, server_round: int) -> MultiHeaderStudent:

@@ -17,20 +17,30 @@ logger = logging.getLogger("flwr")
 _SHORTEST, _LONGEST = 0.02, 1.0  # seconds between two looks for replies; from one to the other while nothing comes
 
 
-def wait_for_nodes(grid: Grid, count: int, seconds: float) -> list[int]:
-    """The ids of the connected nodes, sorted, as soon as there are ``count``.
+def wait_for_nodes(grid: Grid, count: int, seconds: float, least: int | None = None) -> list[int]:
+    """The ids of the connected nodes, sorted, as soon as there are ``count``; when the time is up, ``least`` are enough.
+
+    Args:
+        grid: of the run.
+        count: nodes to wait for.
+        seconds: how long.
+        least: None is ``count``.
 
     Raises:
-        TooFewTeachersError: there are fewer when the time is up.
+        TooFewTeachersError: there are fewer than ``least`` when the time is up.
     """
     deadline = time.monotonic() + seconds
+    least = count if least is None else least
     told = pause = 0.0
     while len(nodes := sorted(grid.get_node_ids())) < count:
         now = time.monotonic()
+        if now >= deadline and len(nodes) >= least:
+            logger.warning("%d of %d nodes are missing after waiting %.0f s; going on without them", count - len(nodes), count, seconds)
+            return nodes
         if now >= deadline:
             raise TooFewTeachersError(
-                f"{len(nodes)} nodes are connected after waiting {seconds:.0f} s; accepted: at least {count} "
-                "(min_available_nodes, min_train_nodes); start more SuperNodes, lower these, or raise node_wait"
+                f"{len(nodes)} nodes are connected after waiting {seconds:.0f} s; accepted: at least {least} "
+                "(min_available_nodes, min_train_nodes, min_teachers); start more SuperNodes, lower these, or raise node_wait"
             )
         if now - told > 10:
             told = now

@@ -15,6 +15,7 @@ from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import EngineConfig
 from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
+from cdfkd_strategy.flower.disclosure import OPTED_IN, disclosed, needed
 from cdfkd_strategy.flower.payload import Keys
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.types import ImageSpec
@@ -24,12 +25,20 @@ MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
 _NO_RESULT = {
     *("engine", "watch", "run_dir", "resume", "node_wait", "identify", "keys", "train_metrics", "evaluate_metrics"),
-    *("min_teachers", "min_available_nodes"),
+    *("min_teachers", "min_available_nodes", "expected_nodes"),
 }
 """Settings that may differ when a run is continued: they do not change what is computed."""
 
 
-_LEAST = {"min_teachers": 1, "max_teacher_age": 0, "single_steps": 1, "min_train_nodes": 1, "min_evaluate_nodes": 0, "min_available_nodes": 1}
+_LEAST = {
+    "min_teachers": 1,
+    "max_teacher_age": 0,
+    "single_steps": 1,
+    "min_train_nodes": 1,
+    "min_evaluate_nodes": 0,
+    "min_available_nodes": 1,
+    "expected_nodes": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class Options:
     fraction_evaluate: float
     min_train_nodes: int
     min_evaluate_nodes: int
-    min_available_nodes: int
+    min_available_nodes: int | None
+    expected_nodes: int | None
     keys: Keys
     train_metrics: MetricsAggregation
     evaluate_metrics: MetricsAggregation
@@ -81,7 +91,7 @@ class Options:
                 "accepted: above 0 to 1 (without teachers there is no student), and 0 to 1"
             )
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; accepted: at least {least}")
         object.__setattr__(self, "method_config", _bound(self.distiller, self.method_config))
         needs = self.distiller.needs
@@ -111,11 +121,11 @@ class Options:
     def disclosures(self, num_rounds: int) -> list[str]:
         """What leaves the clients, and what clients see of one another, in words."""
         needs = self.distiller.needs
-        found = ["every client's teacher: all of its weights, architecture name and number of training samples and local metrics (to the server)"]
-        if needs.batch_norm:
-            found.append("BatchNorm running statistics, which the method needs (to the server, inside the weights)")
+        found = [f"every client's teacher: {'; '.join(disclosed(label_counts=False))} (to the server)"]
+        if needs.disclosed():
+            found.append(f"of these, the method needs: {', '.join(needed(needs))}")
         if self.label_counts:
-            found.append("label counts per class of every client (to the server; opted in by weights='label_counts')")
+            found.append(f"{', '.join(OPTED_IN.values())} of every client (to the server; opted in by weights='label_counts')")
         if self.fraction_evaluate > 0 and self.broadcast == "heads":
             found.append("C+1 attention parameters, fitted on a few local samples (to the server)")
         if num_rounds > 1 or self.fraction_evaluate > 0:

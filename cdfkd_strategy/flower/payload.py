@@ -37,7 +37,8 @@ MAX_METRICS = 64
 HELLO_ACTION = "hello"
 HELLO = f"query.{HELLO_ACTION}"
 
-MAX_EXAMPLES = 10**12  # a client that claims more training samples than this is not believed
+MAX_EXAMPLES = 10**12
+"""A client that claims more samples than this is not believed. Below, it is: the number is its weight in every average (README, Limits)."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,9 @@ def read_attention(content: RecordDict, num_classes: int) -> AttentionFit | None
 # -- at a client -------------------------------------------------------------------------------------------------------
 
 
-def identity_record(identity: Identity, num_classes: int, label_counts: Sequence[int] | None = None) -> ConfigRecord:
-    """The ``teacher`` record."""
-    record = ConfigRecord({NUM_CLASSES: num_classes})
+def identity_record(identity: Identity, num_classes: int | None, label_counts: Sequence[int] | None = None) -> ConfigRecord:
+    """The ``teacher`` record; ``num_classes`` is left out where the client has not looked at its images yet."""
+    record = ConfigRecord({} if num_classes is None else {NUM_CLASSES: num_classes})
     if identity.arch is not None:
         record[ARCH] = identity.arch
     if identity.partition_id is not None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from cdfkd_strategy.checkpoint import write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CheckpointError
+from cdfkd_strategy.runtime import Runtime
 
 Phase = Literal["uploads", "distilling", "distilled", "evaluated"]
 
@@ -60,6 +61,7 @@ class RunState:
 
     Args:
         settings: the strategy's resolved settings; a resumed run must have the same.
+        runtime: device, threads and layout that the first start resolved, for all rounds; None in states of earlier versions.
         round: the round in progress, from 1.
         phase: how far it is.
         slots: client key -> header slot.
@@ -70,6 +72,7 @@ class RunState:
     """
 
     settings: dict[str, Any]
+    runtime: Runtime | None = None
     round: int = 1
     phase: Phase = "uploads"
     slots: dict[str, int] = field(default_factory=dict)
@@ -102,7 +105,7 @@ class RunDirectory:
         self.resume = resume
         if path is None:
             return
-        if path.exists() and not resume and any(path.iterdir()):
+        if path.exists() and not resume and any(not _unfinished(file) for file in path.iterdir()):
             raise CheckpointError(f"the run directory {path} is not empty; continue it with resume=True (--resume), or choose another one")
         path.mkdir(parents=True, exist_ok=True)
         for leftover in path.glob(".*.tmp"):
@@ -145,6 +148,11 @@ class RunDirectory:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
 
+def _unfinished(file: Path) -> bool:
+    """Is this what a start that died at once left of its first file?"""
+    return file.match(".*.tmp")
+
+
 def _finite(value: Any) -> Any:
     """Clients may report NaN; strict JSON has none, so it becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -161,6 +169,8 @@ def _read(path: Path) -> RunState:
             raise ValueError("another format")
         names = {item.name for item in fields(RunState)}
         rounds = [RoundRecord(**record) for record in values.pop("rounds")]
-        return RunState(**{name: value for name, value in values.items() if name in names}, rounds=rounds)
+        runtime = values.pop("runtime", None)
+        runtime = None if runtime is None else Runtime.from_dict(runtime)
+        return RunState(**{name: value for name, value in values.items() if name in names}, runtime=runtime, rounds=rounds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); start a new run directory") from error

@@ -18,7 +18,7 @@ from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.averages import attention_from, attention_parameters, mean_attention
 from cdfkd_strategy.flower.clients import Clients
-from cdfkd_strategy.flower.distillation import Distilled, by_slot, distil_round, ensemble, read_back, restore, teacher_weights
+from cdfkd_strategy.flower.distillation import Distilled, by_slot, distil_round, ensemble, may_go_on, read_back, restore, run_runtime, teacher_weights
 from cdfkd_strategy.flower.exchange import message_to, wait_for_nodes
 from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.roster import Client, sample
@@ -27,6 +27,7 @@ from cdfkd_strategy.flower.slots import assign_slots, client_order, live_clients
 from cdfkd_strategy.flower.uploads import Uploads
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
 
 logger = logging.getLogger("flwr")
@@ -52,6 +53,7 @@ class Session:
         self.attention: HeadAttention | None = None
         self.num_rounds = 1
         self.timeout: float | None = 3600.0
+        self.runtime = Runtime()
         self._state: RunState | None = None
         self._nodes: list[int] = []
         self._clock = time.monotonic()
@@ -75,13 +77,18 @@ class Session:
             common = state_hash(self.architectures.initial(None))
         sent = {key: value for key, value in config.items() if not isinstance(value, bytes)}
         self._state = state = self.directory.open({**self.options.settings(), "initial_arrays": common, "train_config": sent})
+        self.runtime = state.runtime = run_runtime(self.options, state.runtime, resumed=bool(state.rounds))
         if not state.rounds:
+            self.directory.save(state)  # the directory's first file: whatever comes next, a start finds a run to continue
             return
+        if may_go_on(self.options, state):
+            logger.info("engine.max_seconds stopped the distillation of round %d, and allows more by now: going on with it", state.round)
+            self._advance("distilling")
         logger.info("continuing in round %d, phase %r, with %d stored uploads", state.round, state.phase, len(self.uploads.trained_in))
         if state.attention is not None:
             self.attention = attention_from(state.attention)
         if state.phase in ("distilled", "evaluated"):
-            self.distilled = restore(self.options, self._teachers(), state.round)
+            self.distilled = restore(self.options, self._teachers(), state.round, self.uploads, self.runtime)
         elif self.options.run_dir is not None and state.round > 1:
             self.distilled = read_back(self.options)
 
@@ -129,7 +136,7 @@ class Session:
         if self.state.phase != "uploads":
             return []
         options = self.options
-        nodes = wait_for_nodes(grid, max(options.min_available_nodes, options.min_train_nodes), options.node_wait)
+        nodes = self.clients.wait(grid, len(self._live()))
         clients = self.clients.connected(grid, nodes, config, server_round, self.num_rounds, self.timeout)
         self._nodes = nodes
         chosen = sample(clients, options.fraction_train, options.min_train_nodes, "train", options.seed, server_round)
@@ -148,6 +155,10 @@ class Session:
             messages.append(self._message(client, content, MessageType.TRAIN))
         self.directory.save(self.state)
         return messages
+
+    def _live(self) -> list[str]:
+        """The clients whose stored teacher this round may use."""
+        return live_clients(self.uploads.trained_in, self.state.round, self.options.max_teacher_age)
 
     def _start_of(self, client: Client) -> dict[str, Tensor]:
         """The weights that a client starts from: its own last teacher, or the common initialisation of its architecture."""
@@ -206,7 +217,7 @@ class Session:
     def _close_uploads(self) -> None:
         """From stored uploads to the round's teachers; after this the round asks for no more."""
         options, state = self.options, self.state
-        live = live_clients(self.uploads.trained_in, state.round, options.max_teacher_age)
+        live = self._live()
         if len(live) < options.min_teachers:
             self.directory.save(state)
             reasons = [f"client {key}: {reason}" for key, reason in (state.record.quarantined | dict.fromkeys(state.record.silent, "no reply")).items()]
@@ -218,7 +229,8 @@ class Session:
         keys = by_slot(state.slots)
         uploads = [self.uploads[key] for key in keys]
         self.distilled.teachers = teachers = ensemble(self.uploads, keys, self.architectures)
-        teachers.weights.copy_(teacher_weights(teachers, uploads, [key in live for key in keys], options.weights, options.seed))
+        with self.runtime.scope():
+            teachers.weights.copy_(teacher_weights(teachers, uploads, [key in live for key in keys], options.weights, options.seed))
         state.teachers = [{"key": upload.key, "sha256": upload.sha256} for upload in uploads]
         state.weights = teachers.weights.double().tolist()
         fresh = sorted((upload for upload in uploads if upload.round == state.round), key=lambda upload: client_order(upload.key))
@@ -248,7 +260,7 @@ class Session:
         """Distil, unless that is done, and return the student."""
         if self.state.phase == "distilling":
             self._clock = time.monotonic()
-            self.distilled = distil_round(self.options, self._teachers(), self.distilled.student, self.state.round)
+            self.distilled = distil_round(self.options, self._teachers(), self.distilled.student, self.state.round, self.uploads, self.runtime)
             self._spent("distill")
             spent = self.state.record.seconds
             spent["distill"] = max(spent["distill"], sum(row["seconds"] for row in self.distilled.history))  # epochs before a restart included

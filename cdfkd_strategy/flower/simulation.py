@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.errors import ConfigError, MissingExtraError
 from cdfkd_strategy.flower.apps import make_client_app, make_server_app
 from cdfkd_strategy.run_config import RunConfig
@@ -30,9 +31,15 @@ def simulate(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         resume: continue the run that was interrupted there.
 
     Raises:
+        ConfigError: the configuration names no data set, so that the simulated clients would have no images.
         MissingExtraError: Ray is not installed.
         CDFKDError: whatever keeps the run from going on.
     """
+    if config.data.name is None or config.data.partition.name == OWN:
+        raise ConfigError(
+            f"data.name is {config.data.name!r} and data.partition.name {config.data.partition.name!r}: the clients of a simulation have no images "
+            "of their own; name a data set and a partition, or run the configuration on SuperNodes with `flwr run`"
+        )
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("Flower's simulation (cdfkd run)", "simulation")
     from flwr.simulation import run_simulation

@@ -57,7 +57,8 @@ class CDFKDStrategy(Strategy):
         run_dir: where uploads, checkpoints and student are kept; None keeps the run in memory. Without ``resume`` it must be empty.
         resume: continue the run in ``run_dir`` where it was interrupted.
         min_teachers: fewer usable teachers than this end the run with an error.
-        max_teacher_age: rounds for which the last teacher of a client that did not report is used again.
+        max_teacher_age: rounds for which the last teacher of a client that did not report is used again. An older one does not count any
+            more: it has no weight and no part in the distillation, and its header rests until the client reports again.
         broadcast: what clients get of the student: all "heads" and their class weights, or one "single" header distilled from them.
         single_steps: optimiser steps for that single header.
         identify: ask every node who it is before it trains; None asks where it matters: several architectures, a run
@@ -67,7 +68,10 @@ class CDFKDStrategy(Strategy):
         fraction_evaluate: of the connected nodes, to evaluate the student; 0 skips evaluation and head attention.
         min_train_nodes: train at least so many.
         min_evaluate_nodes: evaluate on at least so many, if that many are connected.
-        min_available_nodes: do not begin a round with fewer nodes.
+        min_available_nodes: do not begin a round with fewer nodes; None needs as many as ``min_teachers`` does, besides the
+            teachers that may be used again.
+        expected_nodes: wait for so many nodes until ``node_wait`` is over, then go on with those that are there; None is
+            ``min_available_nodes``.
         weighted_by_key: the metric that counts a client's samples.
         arrayrecord_key: of the weights in messages.
         configrecord_key: of the configuration in messages.
@@ -113,7 +117,8 @@ class CDFKDStrategy(Strategy):
         fraction_evaluate: float = 1.0,
         min_train_nodes: int = 2,
         min_evaluate_nodes: int = 2,
-        min_available_nodes: int = 2,
+        min_available_nodes: int | None = 2,
+        expected_nodes: int | None = None,
         weighted_by_key: str = "num-examples",
         arrayrecord_key: str = "arrays",
         configrecord_key: str = "config",
@@ -146,6 +151,7 @@ class CDFKDStrategy(Strategy):
             min_train_nodes=min_train_nodes,
             min_evaluate_nodes=min_evaluate_nodes,
             min_available_nodes=min_available_nodes,
+            expected_nodes=expected_nodes,
             keys=Keys(arrayrecord_key, configrecord_key, weighted_by_key),
             train_metrics=train_metrics_aggr_fn or mean_metrics,
             evaluate_metrics=evaluate_metrics_aggr_fn or mean_metrics,
@@ -193,7 +199,7 @@ class CDFKDStrategy(Strategy):
         logger.info("\t├──> Method: %s, student: %s", options.distiller.name, options.student)
         logger.info("\t├──> Class weights: %s, broadcast: %s", options.weights, options.broadcast)
         logger.info("\t├──> Teachers: at least %d, reused for %d rounds", options.min_teachers, options.max_teacher_age)
-        logger.info("\t├──> Nodes: at least %d", options.min_available_nodes)
+        logger.info("\t├──> Nodes: expected %s, at least %s", options.expected_nodes or "any", options.min_available_nodes or "what min_teachers needs")
         logger.info("\t├──> Train on a fraction of %.2f, at least %d", options.fraction_train, options.min_train_nodes)
         logger.info("\t├──> Evaluate on a fraction of %.2f, at least %d", options.fraction_evaluate, options.min_evaluate_nodes)
         logger.info("\t├──> Run directory: %s", options.run_dir or "none (nothing is kept, no resume)")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.app import MetricRecord, RecordDict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cdfkd_strategy.checkpoint import load_tensors, write_json
+from cdfkd_strategy.checkpoint import load_tensors, save_tensors, write_json
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.flower.payload import METRICS
@@ -56,8 +54,8 @@ class Upload:
 class Uploads:
     """The last good upload of every client.
 
-    A file is replaced in one step and describes itself in its header, so that a killed server finds, for every client,
-    either its former upload or its new one, whole. The ``.json`` beside it repeats the header for people.
+    A file is replaced in one step, after its bytes are on the disk, and describes itself in its header, so that a killed
+    server (or machine) finds, for every client, either its former upload or its new one, whole. The ``.json`` beside it repeats the header for people.
 
     Args:
         directory: where the files are; None keeps the weights in memory.
@@ -96,10 +94,8 @@ class Uploads:
         else:
             path = self._path(upload.key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             # one metadata key: safetensors writes several in any order, and equal uploads must give equal files
-            save_file(state, temporary, metadata={_HEADER: json.dumps(to_dict(upload))})
-            temporary.replace(path)
+            save_tensors(path, state, {_HEADER: json.dumps(to_dict(upload))})
             write_json(path.with_suffix(".json"), to_dict(upload))
         self._uploads[upload.key] = upload
 

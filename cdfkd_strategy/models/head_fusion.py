@@ -42,6 +42,11 @@ def class_weights(weights: Tensor | Sequence[float] | Sequence[Sequence[float]] 
     return table / totals
 
 
+def weighted(weights: Tensor) -> list[int]:
+    """The teachers (or headers) that count: the rows of ``[K, C]`` with a weight for some class. One that is too old has none."""
+    return torch.nonzero((weights > 0).any(dim=1)).flatten().tolist()
+
+
 def fuse(logits: Tensor, weights: Tensor) -> Tensor:
     """The weighted log-opinion pool behind ensemble rows, the fused loss and the merged student.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -183,4 +184,21 @@ class MultiHeaderStudent(nn.Module):
             student.headers.append(header.train(self.training))
         del student.headers[heads:]
         student.spec = dataclasses.replace(self.spec, heads=heads)
+        return student
+
+    def only(self, heads: Sequence[int]) -> MultiHeaderStudent:
+        """This student with some of its heads, in this order; all of them is the student itself.
+
+        Nothing is copied: to train the one is to train the other, and heads that are left out stay as they are.
+
+        Raises:
+            ConfigError: no head is left.
+        """
+        if list(heads) == list(range(self.heads)):
+            return self
+        if not heads:
+            raise ConfigError("only([]) leaves a student without heads; accepted: at least 1")
+        student = copy.copy(self)  # a module keeps its parts in mappings that a shallow copy shares: the copy's own come next
+        student._modules = {**self._modules, "headers": nn.ModuleList(self.headers[head] for head in heads)}
+        student.spec = dataclasses.replace(self.spec, heads=len(heads))
         return student

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from cdfkd_strategy.data.client_share import client_share, train_label_counts
+from cdfkd_strategy.data.client_share import client_share, own_share, train_label_counts
 from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.data.image_data import ImageData
 from cdfkd_strategy.data.partition import PartitionConfig
-from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.errors import ConfigError, DataError
 from cdfkd_strategy.types import ImageSpec
 
 CLIENTS = 4
@@ -71,3 +72,20 @@ def test_the_oracle_counts_what_is_trained_on() -> None:
 def test_a_client_that_does_not_exist(client: int) -> None:
     with pytest.raises(ConfigError, match=r"accepted: 0\.\.3"):
         client_share(numbered(), DataConfig(), CLIENTS, client, seed=0)
+
+
+def test_an_own_set_is_taken_whole() -> None:
+    data, config = numbered(40), DataConfig(local_test=0.25)
+    share = own_share(data, config, 7, seed=0)
+    assert numbers(share.x_train) == list(range(40))
+    assert torch.equal(share.y_test, data.y_test)
+    without = dataclasses.replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0])
+    share = own_share(without, config, 7, seed=0)
+    assert (len(share.x_train), len(share.x_test)) == (30, 10)
+    assert sorted(numbers(share.x_train) + numbers(share.x_test)) == list(range(40))
+    assert torch.equal(share.y_train, data.y_train[numbers(share.x_train)])
+
+
+def test_nothing_is_dealt_to_clients_with_their_own_images() -> None:
+    with pytest.raises(DataError, match=r"every client has images of its own, so there is nothing to deal; .*data-path.*dirichlet"):
+        client_share(numbered(), DataConfig(partition=PartitionConfig(name="own")), CLIENTS, 0, seed=0)

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from cdfkd_strategy.data.datasets import DataConfig, load_data
 from cdfkd_strategy.data.normalisation import KNOWN, normalisation
 from cdfkd_strategy.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
+from cdfkd_strategy.types import ImageSpec
 
 
 def test_digits_are_all_of_scikit_learn_split_80_20() -> None:
@@ -103,3 +104,25 @@ def test_bad_settings_say_what_is_accepted() -> None:
         load_data(DataConfig(train_size=2000), seed=0)
     with pytest.raises(ConfigError, match=r"data\.path"):
         load_data(DataConfig(name="folder"), seed=0)
+
+
+def test_the_configuration_may_say_what_the_images_are_like() -> None:
+    wanted = ImageSpec(1, 8, 8, 12, (0.1,), (0.2,))
+    data = load_data(DataConfig(image=wanted, train_size=20), seed=0)
+    assert data.image == wanted
+    assert data.class_names == (*map(str, range(12)),)
+    plain = load_data(DataConfig(train_size=20), seed=0)
+    assert torch.equal(data.x_train, plain.x_train)
+    assert load_data(DataConfig(image=plain.image, class_names=plain.class_names, train_size=20), seed=0).image == plain.image
+    for other in (ImageSpec(3, 8, 8, 10), ImageSpec(1, 9, 8, 10), ImageSpec(1, 8, 8, 9)):
+        with pytest.raises(DataError, match=r"the data set digits has images of \(1, 8, 8\) and 10 classes; accepted in this run"):
+            load_data(DataConfig(image=other), seed=0)
+
+
+def test_no_data_set_is_a_choice_that_must_be_complete() -> None:
+    with pytest.raises(ConfigError, match=r"data.name is null, .*give data.image: channels, height, width and num_classes"):
+        DataConfig(name=None)
+    with pytest.raises(ConfigError, match=r"are 2 names; accepted: data\.image.num_classes = 3"):
+        DataConfig(image=ImageSpec(1, 8, 8, 3), class_names=("a", "b"))
+    with pytest.raises(ConfigError, match=r"data.name is null: .*name a data set"):
+        load_data(DataConfig(name=None, image=ImageSpec(1, 8, 8, 10)), seed=0)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from cdfkd_strategy.checkpoint import write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.flower.apps import from_run_config, make_client_app, make_server_app, serve
 from cdfkd_strategy.flower.simulation import backend
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import read_summary
-from tests.flower.memory_grid import MemoryGrid, project_grid, tiny_config
+from tests.flower.memory_grid import Killed, MemoryGrid, project_grid, tiny_config
 
 
 def test_the_app_files_only_assign(repository: Path) -> None:
@@ -60,8 +63,6 @@ def test_two_runs_of_one_seed_have_the_same_accuracies_and_another_seed_has_not(
 
 
 def tiny_config_of_seed(seed: int) -> object:
-    import dataclasses
-
     return dataclasses.replace(tiny_config(), seed=seed)
 
 
@@ -87,6 +88,82 @@ def test_an_interrupted_run_keeps_the_rounds_of_its_summary(tmp_path: Path) -> N
     summary = read_summary(two)
     assert summary["finished"]
     assert [record["round"] for record in summary["rounds"]] == [1, 2]
+
+
+class Deaths:
+    """Kills the server at one of the moments at which ``state.json`` or ``summary.json`` is written, before or after."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.moments: list[str] = []
+        self.fatal: int | None = None
+        for module in ("cdfkd_strategy.flower.run_state", "cdfkd_strategy.summary"):
+            monkeypatch.setattr(f"{module}.write_json", self._write)
+
+    def _write(self, path: Path, value: Any) -> None:
+        self._pass(f"before {path.name}")
+        write_json(path, value)
+        self._pass(f"after {path.name}")
+
+    def _pass(self, moment: str) -> None:
+        self.moments.append(moment)
+        if len(self.moments) == self.fatal:
+            raise Killed(moment)
+
+
+def test_killed_between_any_two_files_the_next_start_of_the_app_finishes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdfkd_strategy.flower.apps._draw", lambda *_: None)
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(to_dict(tiny_config(data={"train_size": 90}, server={"node_wait": 0.2, "fraction_evaluate": 0.0}))))
+    deaths = Deaths(monkeypatch)
+
+    def start(out: Path) -> dict[str, Any]:
+        values = {"config": str(path), "overrides": "method.epochs=1", "out": str(out)}
+        make_server_app()(MemoryGrid([make_client_app()] * 3), Context(1, 0, {}, RecordDict(), values))
+        return read_summary(out)
+
+    expected = start(tmp_path / "whole")
+    total, after = len(deaths.moments), [number for number, moment in enumerate(deaths.moments, 1) if moment.startswith("after")]
+    assert deaths.moments[0] == "before state.json"  # without it a start finds a directory that is not empty, and nothing to continue
+    assert deaths.moments[-3:] == ["after state.json", "before summary.json", "after summary.json"]
+    for number in (1, *after):
+        out = tmp_path / str(number)
+        deaths.moments, deaths.fatal = [], number
+        with pytest.raises(Killed) as death:
+            start(out)
+        deaths.fatal = None
+        if (out / "summary.json").exists():
+            finished = read_summary(out)["finished"]
+            assert finished == (number == total), death.value
+            state = json.loads((out / "state.json").read_text())
+            assert not finished or state["phase"] == "evaluated"
+            if state["phase"] == "evaluated":
+                assert len(read_summary(out)["rounds"]) == 1, "a round that is over has its accuracies"
+        summary = start(out)
+        assert summary["finished"], death.value
+        assert [record["accuracy"] for record in summary["rounds"]] == [record["accuracy"] for record in expected["rounds"]], death.value
+        assert (out / "student.safetensors").read_bytes() == (tmp_path / "whole" / "student.safetensors").read_bytes()
+
+
+def test_a_finished_run_that_goes_on_is_unfinished_before_its_state_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = tiny_config(engine={"max_seconds": 0.0}, server={"node_wait": 0.2, "fraction_evaluate": 0.0})
+    serve(project_grid(short), short, tmp_path / "run", resume=False)
+    assert read_summary(tmp_path / "run")["stopped_by"] == "max_seconds"
+    long = dataclasses.replace(short, engine=dataclasses.replace(short.engine, max_seconds=None))
+    deaths = Deaths(monkeypatch)
+    deaths.fatal = 3  # the summary is the first file, and the state the second
+    with pytest.raises(Killed, match=r"before state\.json"):
+        serve(project_grid(long), long, tmp_path / "run", resume=True)
+    assert not read_summary(tmp_path / "run")["finished"]
+    deaths.fatal = None
+    serve(project_grid(long), long, tmp_path / "run", resume=True)
+    assert read_summary(tmp_path / "run")["stopped_by"] == "schedule"
+
+
+def test_what_a_first_write_left_does_not_block_the_directory(tmp_path: Path) -> None:
+    (tmp_path / ".state.json.77.tmp").write_text("{")
+    config = tiny_config()
+    serve(project_grid(config), config, tmp_path, resume=False)
+    assert not (tmp_path / ".state.json.77.tmp").exists()
 
 
 def test_the_apps_take_flowers_run_configuration(tmp_path: Path) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cdfkd_strategy.summary import read_summary
+from tests.flower.flower_processes import end_all, environment_of
 
 OVERRIDES = (
     "clients.count=2 clients.epochs=1 clients.architectures=[lenet_bn] student.backbone=lenet_bn "
@@ -21,47 +18,12 @@ OVERRIDES = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def processes_with(text: str) -> list[int]:
-    """Ids of the processes whose command line or environment has this text (Linux)."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                whole = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
-            except OSError:  # it has ended, or is not ours
-                continue
-            if text.encode() in whole:
-                found.append(int(folder.name))
-    return found
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment of `flwr`; the SuperLink that it leaves behind is ended afterwards."""
     home = tmp_path / "flower-home"
-    home.mkdir()
-    programs = str(Path(sys.executable).parent)
-    settings = {
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": programs + os.pathsep + os.environ["PATH"],
-    }
-    yield {**os.environ, **settings}
-    for process in processes_with(f"FLWR_HOME={home}"):
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    yield environment_of(home)
+    end_all(home)
 
 
 @pytest.mark.slow

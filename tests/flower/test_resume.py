@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 
+from cdfkd_strategy import seeding
+from cdfkd_strategy.engine import EngineConfig
 from cdfkd_strategy.errors import CheckpointError
-from cdfkd_strategy.flower import distillation
+from cdfkd_strategy.flower import distillation, session
 from cdfkd_strategy.flower.run_state import RunDirectory
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
-from cdfkd_strategy.flower.uploads import Uploads
+from cdfkd_strategy.flower.uploads import Upload, Uploads
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS
 from cdfkd_strategy.student_io import load_student
+from cdfkd_strategy.teachers import state_hash
 from tests.flower.memory_grid import FIRST_NODE, Killed, MemoryGrid, echo_app, tiny_strategy
 
 ROUNDS = 2
@@ -154,6 +159,120 @@ def test_a_finished_run_is_read_back_and_can_be_prolonged(tmp_path: Path, moment
     assert [path.name for path in sorted((tmp_path / "run").glob("losses*"))] == ["losses-round1.csv", "losses-round2.csv", "losses.csv"]
 
 
+def test_a_run_stopped_by_max_seconds_goes_on_with_its_last_round_when_that_is_raised(tmp_path: Path, moments: Moments) -> None:
+    short, long = (EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=limit) for limit in (0.0, 1000.0))
+    start(tmp_path / "whole", rounds=1)
+    stopped, _, _ = start(tmp_path / "run", rounds=1, engine=short)
+    assert stopped.rounds[0].stopped_by == "max_seconds"
+    assert digest(tmp_path / "run") != digest(tmp_path / "whole")
+    moments.arm(None)
+    _, grid, _ = start(tmp_path / "run", rounds=1, engine=short, resume=True)
+    assert grid.log == []
+    strategy, grid, result = start(tmp_path / "run", rounds=1, engine=long, resume=True)
+    assert grid.asked("train") == []
+    assert grid.asked("evaluate") == [0, 1, 2]
+    assert moments.passed.count("before _student_step") == 2  # the second epoch alone
+    assert strategy.rounds[0].stopped_by == "schedule"
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert result.evaluate_metrics_serverapp[1]["arrays"] == len(result.arrays) + 1
+
+
+def test_an_earlier_round_stays_as_max_seconds_left_it(tmp_path: Path, moments: Moments) -> None:
+    short, long = (EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=limit) for limit in (0.0, None))
+    start(tmp_path, engine=short)
+    moments.arm(3)  # dies in the epoch that it goes on with, after the state was saved
+    with pytest.raises(Killed, match="before _student_step"):
+        start(tmp_path, engine=long, resume=True)
+    moments.arm(None)
+    strategy, grid, _ = start(tmp_path, engine=short, resume=True)
+    assert [record.stopped_by for record in strategy.rounds] == ["max_seconds", "max_seconds"]
+    strategy, grid, _ = start(tmp_path, engine=long, resume=True)
+    assert [record.stopped_by for record in strategy.rounds] == ["max_seconds", "schedule"]
+    assert grid.asked("train") == []
+
+
+def test_reading_a_stopped_run_back_distils_nothing(tmp_path: Path, moments: Moments) -> None:
+    engine = EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=0.0)
+    start(tmp_path, rounds=1, engine=engine)
+    before = digest(tmp_path)
+    rounds = json.loads((tmp_path / "state.json").read_text())["rounds"]
+    rounds[0]["seconds"]["distill"] = 50.0  # the epoch and what came after it: more than the epoch that the checkpoint knows of
+    edit_state(tmp_path, rounds=rounds)
+    moments.arm(None)
+    strategy, grid, _ = start(tmp_path, rounds=1, engine=dataclasses.replace(engine, max_seconds=40.0), resume=True)
+    assert (grid.log, moments.passed) == ([], [])
+    assert len(strategy.session.distilled.history) == 1
+    assert (strategy.rounds[0].stopped_by, strategy.session.distilled.stopped_by) == ("max_seconds", "max_seconds")
+    assert digest(tmp_path) == before
+
+
+# -- the runtime of a run ------------------------------------------------------------------------------------------
+
+AUTO = EngineConfig(device="auto", threads=0, watch_images=0, progress=False)
+
+
+@pytest.mark.parametrize("moment", ["after put", "after clear_distillation", "before _student_step"])
+@pytest.mark.parametrize("again", [0, -1], ids=["first", "last"])
+def test_a_resumed_run_keeps_the_threads_it_began_with(moment: str, again: int, tmp_path: Path, moments: Moments, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            seen.add(torch.get_num_threads())
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    for owner, name in ((CDFKDMFS, "run_epoch"), (session, "teacher_weights"), (distillation, "student_for")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    start(tmp_path / "whole", engine=AUTO)
+    number = [index for index, passed in enumerate(moments.passed) if passed == moment][again] + 1
+    moments.arm(number)
+    with pytest.raises(Killed):
+        start(tmp_path / "run", engine=AUTO)
+    moments.arm(None)
+    with seeding.threads(2):
+        strategy, _, _ = start(tmp_path / "run", engine=AUTO, resume=True)
+    assert seen == {1}
+    assert strategy.session.runtime.threads == 1
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+def edit_state(run_dir: Path, **values: Any) -> None:
+    state = json.loads((run_dir / "state.json").read_text())
+    (run_dir / "state.json").write_text(json.dumps({key: value for key, value in {**state, **values}.items() if value is not ...}))
+
+
+def test_a_state_without_a_runtime_takes_the_one_of_its_checkpoint(tmp_path: Path) -> None:
+    start(tmp_path, engine=AUTO, rounds=1)
+    edit_state(tmp_path, runtime=...)
+    with seeding.threads(2):
+        strategy, _, _ = start(tmp_path, engine=AUTO, resume=True, rounds=2)
+    assert strategy.session.runtime.threads == 1
+    assert json.loads((tmp_path / "state.json").read_text())["runtime"] == {"device": strategy.session.runtime.device, "channels_last": True, "threads": 1}
+
+
+def test_a_run_whose_device_is_gone_says_so_before_it_asks_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    start(tmp_path, engine=AUTO, rounds=1)
+    edit_state(tmp_path, runtime={"device": "cuda", "channels_last": True, "threads": 1})
+    grid = MemoryGrid(APPS)
+    with pytest.raises(CheckpointError, match=r"was started on 'cuda', which torch does not see here.*engine.device=cpu"):
+        tiny_strategy(run_dir=tmp_path, resume=True, architectures=["lenet", "lenet_bn"], engine=AUTO).start(grid, num_rounds=2, timeout=5)
+    assert grid.log == []
+    strategy, _, _ = start(tmp_path, engine=dataclasses.replace(AUTO, device="cpu"), resume=True, rounds=2)
+    assert strategy.session.runtime.device == "cpu"
+    assert "the run was started on cuda, which is gone; it goes on on cpu" in caplog.text
+    assert json.loads((tmp_path / "state.json").read_text())["runtime"]["device"] == "cpu"
+
+
+def test_a_broken_runtime_is_a_broken_state(tmp_path: Path) -> None:
+    start(tmp_path, rounds=1)
+    edit_state(tmp_path, runtime={"device": 3})
+    with pytest.raises(CheckpointError, match=r"state.json \(runtime.device is 3"):
+        start(tmp_path, resume=True, rounds=1)
+
+
 def test_a_single_header_is_restored(tmp_path: Path, moments: Moments) -> None:
     choices = {"broadcast": "single", "single_steps": 2}
     start(tmp_path / "whole", **choices)
@@ -255,3 +374,25 @@ def test_sigkill(module: str, owner: str, name: str, count: int, asked: list[int
     start(tmp_path / "whole", rounds=1)
     assert grid.asked("train") == asked
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+def test_an_upload_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power may keep a new name and lose the bytes behind it, unless they were synced first."""
+    synced: set[int] = set()
+    fsync, rename = os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        assert self.stat().st_ino in synced, f"{target} is renamed before it is synced"
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", replace)
+    uploads = Uploads(tmp_path)
+    state = {"weight": torch.arange(6.0).reshape(2, 3).t()}
+    uploads.put(Upload("0", "lenet", 5, 1, state_hash(state), 24, True), state)
+    assert synced
+    assert torch.equal(Uploads(tmp_path).load("0")["weight"], state["weight"])

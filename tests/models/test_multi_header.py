@@ -177,6 +177,29 @@ def test_with_heads_initialises_new_heads_afresh():
     assert third.dtype == torch.double
 
 
+def test_some_heads_are_the_students_own():
+    student = MultiHeaderStudent("small_cnn", 3, TINY)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    some = student.only([2, 0])
+    assert (some.heads, some.spec.heads, student.heads) == (2, 2, 3)
+    assert student.only(range(3)) is student
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(some.eval()(x).logits, student.eval()(x).logits[[2, 0]])
+    some.train()
+    assert not student.headers[1].training
+    optimizer = torch.optim.SGD(some.parameters(), lr=0.1)
+    some(x).logits.square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[1] for name in changed if name.startswith("headers.")} == {"0", "2"}
+    assert any(name.startswith("trunk.") for name in changed)
+    theirs = {"headers.0": "headers.2", "headers.1": "headers.0"}
+    some.load_state_dict({name: before[theirs.get(name[:9], name[:9]) + name[9:]] for name in some.state_dict()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    with pytest.raises(ConfigError, match=r"only\(\[\]\) leaves a student without heads"):
+        student.only([])
+
+
 def test_names_in_the_state_dict_are_stable():
     names = set(MultiHeaderStudent("resnet18", 1, TINY).state_dict())
     assert {"trunk.net.conv1.weight", "trunk.net.layer4.1.bn2.running_var", "headers.0.encoders.3.5.weight", "headers.0.classifier.bias"} <= names

@@ -1,0 +1,94 @@
+"""Nodes that do not come: a round waits for all of them, then goes on with those that its teachers need."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdfkd_strategy.errors import ConfigError, TooFewTeachersError
+from cdfkd_strategy.flower.apps import make_client_app, serve
+from cdfkd_strategy.flower.exchange import wait_for_nodes
+from cdfkd_strategy.run_config import from_values
+from cdfkd_strategy.summary import read_summary
+from tests.flower.memory_grid import MemoryGrid, echo_app, tiny_config, tiny_strategy
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> None:
+    logging.getLogger("flwr").propagate = True
+
+
+def grid_without(*missing: int, nodes: int = 3) -> MemoryGrid:
+    grid = MemoryGrid([echo_app(teacher={"arch": "lenet"})] * nodes)
+    for node in [grid.node(partition) for partition in missing]:
+        del grid.nodes[node]
+    return grid
+
+
+def test_all_nodes_are_waited_for_until_the_deadline_only() -> None:
+    grid = grid_without(2)
+    started = time.monotonic()
+    assert wait_for_nodes(grid, 3, 0.3, 2) == sorted(grid.nodes)
+    assert time.monotonic() - started >= 0.3
+    started = time.monotonic()
+    assert wait_for_nodes(grid, 2, 60, 1) == sorted(grid.nodes)
+    assert time.monotonic() - started < 1
+
+
+def test_a_round_goes_on_without_missing_nodes_and_says_how_many(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = tiny_strategy(expected_nodes=3, min_available_nodes=None, min_teachers=2)
+    with caplog.at_level(logging.WARNING, "flwr"):
+        strategy.start(grid_without(1), num_rounds=1, timeout=5)
+    assert [spec.key for spec in strategy.teachers.specs] == ["0", "2"]  # type: ignore[union-attr]
+    assert any("1 of 3 nodes are missing after waiting 0 s; going on without them" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(("choices", "least"), [({"min_teachers": 2}, 2), ({"min_available_nodes": 3, "min_teachers": 1}, 3), ({"min_train_nodes": 2}, 2)])
+def test_too_few_nodes_are_still_an_error(choices: dict[str, Any], least: int) -> None:
+    strategy = tiny_strategy(**{"expected_nodes": 3, "min_available_nodes": None, **choices})
+    with pytest.raises(TooFewTeachersError, match=rf"1 nodes are connected after waiting 0 s; accepted: at least {least} \(min_available_nodes"):
+        strategy.start(grid_without(1, 2), num_rounds=1, timeout=5)
+
+
+def test_teachers_that_may_be_used_again_need_no_node() -> None:
+    grid = grid_without()
+    strategy = tiny_strategy(expected_nodes=3, min_available_nodes=None, min_teachers=3, max_teacher_age=1, fraction_evaluate=0.0)
+
+    def evaluate(number: int, arrays: object) -> None:
+        for node in list(grid.nodes)[1:]:  # after round 1 only client 0 is left
+            del grid.nodes[node]
+
+    with pytest.raises(TooFewTeachersError, match=r"1 nodes are connected .* at least 2"):  # in round 3 those of round 1 are too old
+        strategy.start(grid, num_rounds=3, timeout=5, evaluate_fn=evaluate)
+    assert strategy.session.state.round == 3
+    assert {key: upload.round for key, upload in ((key, strategy.session.uploads[key]) for key in "012")} == {"0": 2, "1": 1, "2": 1}
+
+
+def test_a_run_of_the_app_goes_on_with_the_clients_that_are_there(tmp_path: Path) -> None:
+    config = tiny_config(server={"node_wait": 0.2, "min_teachers": 2})
+    grid = MemoryGrid([make_client_app(config)] * 3)
+    del grid.nodes[grid.node(0)]
+    serve(grid, config, tmp_path / "run", resume=False)
+    assert len(read_summary(tmp_path / "run")["rounds"][0]["accuracy"]["teachers"]) == 2
+    with pytest.raises(TooFewTeachersError, match="at least 3"):
+        serve(grid, tiny_config(server={"node_wait": 0.2, "min_available_nodes": 3}), None, resume=False)
+
+
+def test_a_run_of_the_app_waits_for_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(server={"node_wait": 30.0})
+    grid = MemoryGrid([make_client_app(config)] * 3)
+    looks = iter(range(100))
+    monkeypatch.setattr(grid, "get_node_ids", lambda: list(grid.nodes)[: 1 + next(looks)])  # they come one by one
+    strategy = serve(grid, config, None, resume=False)
+    assert [spec.key for spec in strategy.teachers.specs] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="expected_nodes is 0; accepted: at least 1"):
+        tiny_strategy(expected_nodes=0)
+    with pytest.raises(ConfigError, match=r"server.min_available_nodes is 0; accepted: at least 1"):
+        from_values({"server": {"min_available_nodes": 0}})

@@ -1,0 +1,165 @@
+"""Distilling a teacher directory: its data stay the teachers', and label counts need the clients' consent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cdfkd_strategy import cli, offline
+from cdfkd_strategy.config import bind
+from cdfkd_strategy.data.datasets import load_data
+from cdfkd_strategy.distiller import METHODS
+from cdfkd_strategy.errors import ConfigError, NeedsError
+from cdfkd_strategy.harness import Harness, confusion_matrix, count_weights
+from cdfkd_strategy.report import markdown_report
+from cdfkd_strategy.run_config import RunConfig, from_values
+from cdfkd_strategy.student_io import load_student
+from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.teacher_directory import load_teachers
+from cdfkd_strategy.types import Needs
+
+VALUES: dict[str, Any] = {
+    "study": "s",
+    "seed": 5,
+    "data": {"name": "digits", "train_size": 200, "test_size": 60, "partition": {"name": "dirichlet", "alpha": 0.5, "min_samples": 20}},
+    "clients": {"count": 2, "architectures": ["lenet_bn"], "epochs": 1},
+    "student": {"backbone": "lenet_bn"},
+    "method": {"name": "cdfkd_mfs", "epochs": 1, "iterations": 1, "student_steps": 1, "batch_size": 8, "generator": {"latent_dim": 4, "width": 0.05}},
+    "engine": {"device": "cpu", "threads": 1, "watch_images": 0, "progress": False},
+}
+
+
+def train(out: Path, weights: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline, "usable_cores", lambda: 1)
+        offline.write_teachers(from_values(VALUES, [f"server.weights={weights}"]), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("plain") / "teachers", "auto")
+
+
+@pytest.fixture(scope="module")
+def opted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("opted") / "teachers", "label_counts")
+
+
+def distil(teachers: Path, out: Path, *overrides: str) -> RunConfig:
+    """`cdfkd distill`; the configuration as its run directory has it."""
+    assert cli.main(["distill", "--teachers", str(teachers), "--out", str(out), *overrides]) == 0
+    return bind(RunConfig, read_summary(out)["config"])
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------
+
+
+def test_another_seed_of_the_distillation_leaves_partition_and_test_images_alone(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def counted(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+        seen.append(float((predicted == labels).double().mean()))
+        return confusion_matrix(predicted, labels, classes)
+
+    monkeypatch.setattr("cdfkd_strategy.pictures.confusion_matrix", counted)
+    monkeypatch.setattr("cdfkd_strategy.pictures._synthetic", lambda *_: None)  # the slow one
+    mine, other = distil(teachers, tmp_path / "mine"), distil(teachers, tmp_path / "other", "seed=6")
+    assert (mine.seed, mine.data.seed, other.seed, other.data.seed) == (5, None, 6, 5)
+    truth = load_teachers(teachers).oracle_label_counts
+    for config in (mine, other):
+        data = load_data(config.data, config.seed)
+        assert torch.equal(data.x_test, load_data(mine.data, 5).x_test)
+        counts = Harness(config, data).label_counts
+        assert counts is not None
+        assert counts.tolist() == truth
+    assert (tmp_path / "other" / "labels.png").read_bytes() == (tmp_path / "mine" / "labels.png").read_bytes()
+    assert seen == [read_summary(tmp_path / name)["rounds"][0]["accuracy"]["student_merged"] for name in ("mine", "other")]
+    assert (tmp_path / "other" / "student.safetensors").read_bytes() != (tmp_path / "mine" / "student.safetensors").read_bytes()
+    assert truth is not None
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed.count(["1", *map(str, truth[1]), str(sum(truth[1]))]) == 2, "both runs print the teachers' partition"
+
+
+def test_the_data_of_teachers_cannot_be_dealt_anew(teachers: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.seed=9: the teachers in .* were made with another value"):
+        offline.plan(teachers, ["data.seed=9"])
+
+
+def test_a_seed_of_the_data_goes_before_the_runs() -> None:
+    fixed = from_values(VALUES, ["data.seed=5", "seed=6"])
+    free = from_values(VALUES)
+    assert torch.equal(load_data(fixed.data, 6).x_train, load_data(free.data, 5).x_train)
+    deals = [Harness(config, load_data(config.data, config.seed)).label_counts for config in (fixed, free, from_values(VALUES, ["seed=6"]))]
+    assert deals[0] is not None
+    assert deals[0].tolist() == deals[1].tolist() != deals[2].tolist()  # type: ignore[union-attr]
+
+
+def test_training_teachers_ends_with_the_table_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "usable_cores", lambda: 1)
+    (tmp_path / "config.yaml").write_text(json.dumps(VALUES), encoding="utf-8")
+    assert cli.main(["teachers", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "teachers")]) == 0
+    counts = load_teachers(tmp_path / "teachers").oracle_label_counts
+    assert counts is not None
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["client", *map(str, range(10)), "all"] in lines
+    assert all([str(client), *map(str, row), str(sum(row))] in lines for client, row in enumerate(counts))
+
+
+# -- label counts ------------------------------------------------------------------------------------------------
+
+
+def test_counts_that_nobody_disclosed_are_not_used(teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load_teachers(teachers)
+    assert found.oracle_label_counts is not None
+    assert found.label_counts is None
+    with pytest.raises(ConfigError, match=r"did not disclose their label counts; accepted: auto, .*; or train teachers whose clients opt in"):
+        offline.plan(teachers, ["server.weights=label_counts"])
+    assert cli.main(["distill", "--teachers", str(teachers), "--out", str(tmp_path / "run"), "server.weights=label_counts"]) == 2
+    assert not (tmp_path / "run").exists()
+    plan = offline.plan(teachers, [])
+    assert offline.extras_of(plan.teachers).tensors() == {}
+    sneaked = plan._replace(config=from_values(plan.teachers.config, ["server.weights=label_counts"]))
+    with pytest.raises(ConfigError, match="did not disclose"):
+        offline.distill_directory(sneaked, tmp_path / "sneaked")
+    assert "disclosed by every client" not in capsys.readouterr().out
+
+
+def test_disclosed_counts_are_used_and_said_to_be(opted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdfkd_strategy.pictures.draw_pictures", lambda *_: [])
+    config = distil(opted, tmp_path / "run")
+    printed = capsys.readouterr()
+    words = "disclosed by every client: its label counts per class (server.weights=label_counts)"
+    assert words in printed.err
+    assert words in printed.out
+    assert "ensemble, disclosed label counts" in printed.out
+    assert "ensemble, estimated" not in printed.out
+    found = load_teachers(opted)
+    assert found.label_counts == found.oracle_label_counts
+    assert torch.equal(load_student(tmp_path / "run").weights, count_weights(torch.tensor(found.label_counts)))
+    summary = read_summary(tmp_path / "run")
+    assert summary["config"]["server"]["weights"] == config.server.weights == "label_counts"
+    assert "In default clients disclosed their label counts" in markdown_report([summary])
+    estimated = distil(opted, tmp_path / "estimated", "server.weights=auto")
+    assert estimated.server.weights == "auto"
+    assert "disclosed by every client" not in capsys.readouterr().out
+    assert "disclosed" not in markdown_report([read_summary(tmp_path / "estimated")])
+
+
+def test_a_method_that_needs_counts_is_refused_before_a_run_directory_is_made(
+    teachers: Path, opted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS["cdfkd_mfs"], "needs", Needs(label_counts=True))
+    with pytest.raises(NeedsError, match=r"needs label counts per class, .*train teachers whose clients disclose them \(server\.weights=label_counts\)"):
+        offline.plan(teachers, [])
+    assert cli.main(["distill", "--teachers", str(teachers), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+    counts = offline.extras_of(offline.plan(opted, ["server.weights=auto"]).teachers).label_counts
+    assert counts is not None
+    assert counts.tolist() == load_teachers(opted).label_counts
