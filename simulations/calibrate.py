@@ -3,8 +3,8 @@
     python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml {competence,distillation} [--only SUBSTRING ...] [--threads N]
 
 Every federation is trained once. ``competence`` compares the scores of a grid with the oracle's weights, ``distillation``
-distils every candidate. Runs lie in runs/calibration, are kept, and are not repeated; the tables go to
-simulations/results/calibration/<name>-{competence,distillation}.csv, with the commit in every row.
+distils every candidate. Runs are kept and not repeated; an interrupted one goes on. The tables are
+<results>/<name>-{competence,distillation}.csv, with the commit in every row.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from cdfkd_strategy.summary import read_summary
 from cdfkd_strategy.teacher_directory import load_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble
 
-RUNS = Path("runs/calibration")
-RESULTS = Path(__file__).parent / "results" / "calibration"
 FEATURE_POWERS = (0.25, 0.5, 0.75, 1.0)
 ROW_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0)
 COUNT_POWERS = (0.0, 0.5, 0.75, 1.0)
@@ -48,26 +46,26 @@ def main() -> None:
     parser.add_argument("what", choices=["competence", "distillation"])
     parser.add_argument("--only", nargs="*", default=[""], help="distil only candidates whose federation/candidate contains one of these")
     parser.add_argument("--threads", type=int, default=0, help="of torch; two runs of one thread side by side finish sooner than two in turn")
+    parser.add_argument("--runs", type=Path, default=Path("runs/calibration"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "calibration")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     todo = yaml.safe_load(args.plan.read_text())
-    name, size = todo["name"], todo["validation_size"]
+    federations = {(base, seed): teachers_of(args.runs, base, seed, todo["validation_size"]) for base in todo[args.what] for seed in todo[f"{args.what}_seeds"]}
     if args.what == "competence":
-        federations = {(base, seed): teachers_of(base, seed, size) for base in todo["competence"] for seed in todo["competence_seeds"]}
-        write_table(name, args.what, list(competence_rows(federations)))
+        write_table(args.results / f"{todo['name']}-competence.csv", list(competence_rows(federations)))
         return
-    federations = {(base, seed): teachers_of(base, seed, size) for base in todo["distillation"] for seed in todo["distillation_seeds"]}
     for (base, seed), candidate in itertools.product(federations, todo["candidates"]):
         if any(part in f"{base}/{candidate}" for part in args.only):
             overrides = [*todo["common"], *todo["candidates"][candidate], f"engine.threads={args.threads}"]
             distil(federations[base, seed], candidate, overrides)
-    write_table(name, args.what, list(distillation_rows(federations)))
+    write_table(args.results / f"{todo['name']}-distillation.csv", list(distillation_rows(federations)))
 
 
-def teachers_of(base: str, seed: int, validation_size: int) -> Path:
+def teachers_of(runs: Path, base: str, seed: int, validation_size: int) -> Path:
     """The teacher directory of a federation, trained if it is not there."""
-    directory = RUNS / f"{base.replace('/', '-')}-seed{seed}"
+    directory = runs / f"{base.strip('/').replace('/', '-')}-seed{seed}"
     if not (directory / "teachers.json").exists():
         write_teachers(resolve(base, [f"seed={seed}", f"data.validation_size={validation_size}"]), directory)
     return directory
@@ -113,14 +111,14 @@ def distillation_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict
             last = summary["rounds"][-1]
             row = {"federation": base, "seed": seed, "candidate": about["candidate"], "overrides": " ".join(about["overrides"])}
             row |= {key: last["accuracy"][key] for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged")}
-            yield row | {"seconds": round(last["seconds"]["distill"]), "commit_of_run": summary["commit"]}
+            yield row | {"commit_of_run": summary["commit"]}
 
 
-def write_table(name: str, what: str, rows: list[dict[str, Any]]) -> None:
+def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
     """The rows as CSV; accuracies are fractions."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / f"{name}-{what}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "commit"], lineterminator="\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, [*rows[0], "commit"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} | {"commit": commit()} for row in rows)
 

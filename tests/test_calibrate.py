@@ -1,0 +1,54 @@
+"""The calibration script, end to end on a tiny federation: both tables, and nothing is done twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def run(repository: Path, where: Path, what: str) -> subprocess.CompletedProcess[str]:
+    script = repository / "simulations" / "calibrate.py"
+    arguments = [str(where / "plan.yaml"), what, "--runs", str(where / "runs"), "--results", str(where / "results")]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    return subprocess.run([sys.executable, str(script), *arguments], cwd=where, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.slow
+def test_federations_are_held_out_compared_and_distilled_once(repository: Path, tmp_path: Path) -> None:
+    base = tmp_path / "tiny.yaml"
+    base.write_text(yaml.safe_dump({"base": "digits", "data": {"train_size": 200}, "clients": {"count": 2, "epochs": 1, "architectures": ["lenet_bn"]}}))
+    toy = ["method.epochs=1", "method.iterations=1", "method.student_steps=1", "method.batch_size=8", "student.backbone=lenet_bn"]
+    plan = {
+        "name": "tiny",
+        "validation_size": 100,
+        "competence": [str(base)],
+        "competence_seeds": [5],
+        "distillation": [str(base)],
+        "distillation_seeds": [5],
+        "common": toy,
+        "candidates": {"plain": [], "slow student": ["method.student_lr=0.001"]},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    done = run(repository, tmp_path, "competence")
+    assert done.returncode == 0, done.stderr
+    (teachers,) = (tmp_path / "runs").iterdir()
+    assert json.loads((teachers / "teachers.json").read_text())["config"]["data"]["validation_size"] == 100
+    rows = list(csv.DictReader((tmp_path / "results" / "tiny-competence.csv").open()))
+    assert len(rows) == 4 * 5 * 4  # the grid of powers
+    assert len({row["oracle"] for row in rows}) == 1
+    assert all(0 <= float(row["estimated"]) <= 1 for row in rows)
+    done = run(repository, tmp_path, "distillation")
+    assert done.returncode == 0, done.stderr
+    table = tmp_path / "results" / "tiny-distillation.csv"
+    first = table.read_text()
+    assert [row["candidate"] for row in csv.DictReader(first.splitlines())] == ["plain", "slow student"]
+    again = run(repository, tmp_path, "distillation")
+    assert "==" not in again.stdout  # nothing is distilled twice
+    assert table.read_text() == first
