@@ -227,6 +227,15 @@ def distill(
     return DistillResult(student, distiller.generator, run.history, len(run.history), stopped_by, runtime)
 
 
+def saved_runtime(directory: Path) -> Runtime | None:
+    """What the checkpoint in a run directory was computed with; None without a checkpoint.
+
+    Raises:
+        CheckpointError: it is broken.
+    """
+    return Runtime.from_dict(load_state(directory / "checkpoint")["runtime"]) if has_state(directory / "checkpoint") else None
+
+
 def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Literal["schedule", "max_seconds"]:
     """The epoch loop, from the first epoch that is not in the history."""
     distiller, total = run.distiller, run.distiller.num_epochs

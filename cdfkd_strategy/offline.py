@@ -16,7 +16,7 @@ from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import ImageData, load_data
-from cdfkd_strategy.engine import distill
+from cdfkd_strategy.engine import distill, saved_runtime
 from cdfkd_strategy.errors import CDFKDError, ConfigError
 from cdfkd_strategy.harness import Harness, count_weights
 from cdfkd_strategy.local_training import train_all
@@ -106,8 +106,12 @@ def _test_data(config: RunConfig, teachers: TeacherSet) -> ImageData | None:
     return data
 
 
-def write_teachers(config: RunConfig, out: Path) -> None:
-    """Train the teachers of round 1 as the Flower clients do, bit for bit, and write them to a directory."""
+def write_teachers(config: RunConfig, out: Path) -> ImageData:
+    """Train the teachers of round 1 as the Flower clients do, bit for bit, and write them to a directory.
+
+    Returns:
+        The data set that they were trained on.
+    """
     data = load_data(config.data, config.seed)
     clients = config.clients
 
@@ -121,10 +125,14 @@ def write_teachers(config: RunConfig, out: Path) -> None:
     if disclosed is not None:
         logger.info(DISCLOSED)
     save_teachers(out, TeacherSet(specs, [teacher.model for teacher in trained], data.image, config.seed, to_dict(config), counts, disclosed))
+    return data
 
 
 def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     """Distil the teachers of a plan, evaluate, and write a run directory: summary, losses, student, generator, checkpoint.
+
+    Class weights and the first student are computed with the runtime of the distillation, so that a run that is continued
+    comes to the same ones.
 
     Raises:
         CDFKDError: whatever keeps the run from going on; the message says what to do.
@@ -133,12 +141,15 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     name, method_config = config.method_config()
     if config.server.weights == LABEL_COUNTS:
         logger.info(DISCLOSED)
+    began = saved_runtime(out) if resume else None
+    runtime = config.engine.runtime() if began is None else config.engine.continued(began)
     summary = SummaryWriter(out, config, resume=resume)
     harness = Harness(config, work.data)
     ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
-    ensemble.weights.copy_(teacher_weights(config, teachers, ensemble))  # as they are: normalising twice would move the last bit
     settings = config.student
-    student = first_student(settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, seed=config.seed)
+    with runtime.scope():
+        ensemble.weights.copy_(teacher_weights(config, teachers, ensemble))  # as they are: normalising twice would move the last bit
+        student = first_student(settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, seed=config.seed)
     started = time.perf_counter()
     result = distill(
         ensemble,
@@ -151,6 +162,7 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
         evaluate=None if work.data is None else harness.watch(ensemble.weights),
         engine=config.engine,
         resume=resume,
+        runtime=runtime,
         extras=extras_of(teachers),
     )
     distilled = time.perf_counter()

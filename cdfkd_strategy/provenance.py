@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-SOURCES = ("cdfkd_strategy", "server", "clients", "simulations/configs", "pyproject.toml")
+SOURCES = ("cdfkd_strategy", "server", "clients", "simulations/configs", "simulations/calibration", "simulations/calibrate.py", "pyproject.toml")
 """Paths of the repository on which a result depends: a change there that is not committed marks the commit "-dirty"."""
 
 DISTRIBUTIONS = ("torch", "torchvision", "flwr", "numpy", "cdfkd-strategy")

@@ -10,7 +10,7 @@ from typing import Any
 
 from cdfkd_strategy.checkpoint import write_json, write_text
 from cdfkd_strategy.errors import CDFKDError
-from cdfkd_strategy.summary import FILE_NAME, discloses_counts, read_summary
+from cdfkd_strategy.summary import FILE_NAME, discloses_counts, origins, read_summary
 
 Summary = Mapping[str, Any]
 
@@ -69,8 +69,9 @@ def study_table(summaries: Sequence[Summary], study: str) -> str:
     head = ["cell", "seeds", "rounds", *(title for title, _ in COLUMNS), "distillation"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     lines += [f"| {' | '.join(_row(cell, runs))} |" for cell, runs in cells.items()]
-    hardware = dict.fromkeys(_hardware(item) for item in mine)
-    commits = dict.fromkeys(_short(item["commit"]) for item in mine)
+    starts = [(item, origin) for item in mine for origin in origins(item)]
+    hardware = dict.fromkeys(_hardware(item, origin["hardware"]) for item, origin in starts)
+    commits = dict.fromkeys(_short(origin["commit"]) for _, origin in starts)
     note = (
         "Accuracy on the global test set in %, last round and last epoch, mean ± standard deviation over seeds; distillation in seconds per run. "
         f"Measured on {'; '.join(hardware)}. Commit {', '.join(commits)}."
@@ -99,8 +100,7 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.1f} ± {statistics.stdev(known):.1f}"
 
 
-def _hardware(summary: Summary) -> str:
-    machine = summary["hardware"]
+def _hardware(summary: Summary, machine: Mapping[str, Any]) -> str:
     device = machine.get("gpu") if str((summary["runtime"] or {}).get("device", "")).startswith("cuda") else None
     return f"{device or machine.get('cpu')}, {machine.get('cores')} cores"
 

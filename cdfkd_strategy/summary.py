@@ -18,6 +18,10 @@ from cdfkd_strategy.run_config import PATIENCE, RunConfig, from_values
 FILE_NAME = "summary.json"
 
 KEYS = ("study", "cell", "seed", "commit", "hardware", "versions", "config", "runtime", "finished", "stopped_by", "rounds")
+CONTINUED = "continued"
+"""Only in the summary of a run whose later starts had another origin: a list of these, oldest first."""
+ORIGIN_KEYS = ("commit", "hardware", "versions")
+"""Where a start ran; in the summary itself, where the run began."""
 ROUND_KEYS = ("round", "accuracy", "seconds", "bytes", "peak_memory_mb")
 ACCURACY_KEYS = (
     "teachers",
@@ -47,6 +51,8 @@ class SummaryWriter:
     """Keeps a run's ``summary.json`` up to date: after every call the file on disk is whole.
 
     Until `finish`, the file says ``"finished": false`` with the rounds done so far, so a killed run leaves a readable one.
+    A start of the run under another commit, hardware or versions than the last one adds itself to ``"continued"``. A start
+    that records no round, because the run was over, leaves the file as it was.
 
     Args:
         directory: the run directory; made if missing.
@@ -61,25 +67,29 @@ class SummaryWriter:
     def __init__(self, directory: Path, config: RunConfig, *, runtime: Mapping[str, Any] | None = None, resume: bool = False) -> None:
         self.path = directory / FILE_NAME
         directory.mkdir(parents=True, exist_ok=True)
-        rounds: list[dict[str, Any]] = []
-        if resume and self.path.exists():
-            before = read_summary(directory)
-            check_same_config(before["config"], config)
-            rounds = before["rounds"]
-            runtime = runtime or before["runtime"]
+        self._before: dict[str, Any] | None = None
+        """The summary of earlier starts, until this one records a round."""
+        here = {"commit": commit(), "hardware": hardware(), "versions": versions()}
         self.values: dict[str, Any] = {
             "study": config.study,
             "cell": config.cell,
             "seed": config.seed,
-            "commit": commit(),
-            "hardware": hardware(),
-            "versions": versions(),
+            **here,
             "config": to_dict(config),
             "runtime": None if runtime is None else dict(runtime),
             "finished": False,
             "stopped_by": None,
-            "rounds": rounds,
+            "rounds": [],
         }
+        if resume and self.path.exists():
+            self._before = before = read_summary(directory)
+            check_same_config(before["config"], config)
+            self.values |= {key: before[key] for key in (*ORIGIN_KEYS, "rounds")} | {"runtime": self.values["runtime"] or before["runtime"]}
+            starts = origins(before)
+            if here != starts[-1]:
+                starts.append(here)
+            if len(starts) > 1:
+                self.values[CONTINUED] = starts[1:]
         self.write()
 
     def round(
@@ -109,13 +119,16 @@ class SummaryWriter:
             "bytes": {key: (traffic or {}).get(key) for key in BYTES_KEYS},
             "peak_memory_mb": peak_memory_mb,
         }
+        self._before = None
         self.values["rounds"] = [*(old for old in self.values["rounds"] if old["round"] < number), record]
         if runtime is not None:
             self.values["runtime"] = dict(runtime)
         self.write()
 
     def finish(self, stopped_by: Literal["schedule", "max_seconds"]) -> None:
-        """The run is complete; ``stopped_by`` says what ended its last distillation."""
+        """The run is complete; ``stopped_by`` says what ended its distillations: "max_seconds" if it ended one of them."""
+        if self._before is not None:  # no round was computed by this start
+            self.values = self._before
         self.values.update(finished=True, stopped_by=stopped_by)
         self.write()
 
@@ -155,6 +168,11 @@ def read_summary(directory: Path) -> dict[str, Any]:
     except CDFKDError as error:
         raise CDFKDError(f"{path}: {error}") from error
     return dict(values)
+
+
+def origins(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``commit``, ``hardware`` and ``versions`` of the run's first start, and of later ones under others."""
+    return [{key: summary[key] for key in ORIGIN_KEYS}, *summary.get(CONTINUED, [])]
 
 
 def discloses_counts(summary: Mapping[str, Any]) -> bool:
@@ -199,18 +217,22 @@ def _difference(where: str, there: Any, here: Any) -> tuple[str, Any, Any]:
 
 
 def validate(summary: Any) -> None:
-    """Check a summary against the contract: exactly the agreed keys, fractions between 0 and 1, no NaN.
+    """Check a summary against the contract: exactly the agreed keys (and perhaps `CONTINUED`), fractions between 0 and 1, no NaN.
 
     Raises:
         CDFKDError: it breaks the contract; the message says where.
     """
-    _check_keys(summary, KEYS, "the summary")
+    _check_keys(summary, KEYS, "the summary", perhaps=(CONTINUED,))
     for key in ("study", "cell"):
         _check(isinstance(summary[key], str), key, summary[key], "a string")
     _check(_whole(summary["seed"]), "seed", summary["seed"], "an integer")
-    _check(summary["commit"] is None or isinstance(summary["commit"], str), "commit", summary["commit"], "a string or null")
-    for key in ("hardware", "versions", "config"):
-        _check(isinstance(summary[key], dict), key, summary[key], "a mapping")
+    _validate_origin(summary, "")
+    later = summary.get(CONTINUED, [])
+    _check(isinstance(later, list), CONTINUED, later, "a list")
+    for index, origin in enumerate(later):
+        _check_keys(origin, ORIGIN_KEYS, f"{CONTINUED}[{index}]")
+        _validate_origin(origin, f"{CONTINUED}[{index}].")
+    _check(isinstance(summary["config"], dict), "config", summary["config"], "a mapping")
     _check(summary["runtime"] is None or isinstance(summary["runtime"], dict), "runtime", summary["runtime"], "a mapping or null")
     _check(isinstance(summary["finished"], bool), "finished", summary["finished"], "true or false")
     _check(summary["stopped_by"] in STOPPED_BY, "stopped_by", summary["stopped_by"], f"one of {STOPPED_BY}")
@@ -219,6 +241,12 @@ def validate(summary: Any) -> None:
     for index, record in enumerate(summary["rounds"]):
         _validate_round(record, f"rounds[{index}]")
     _check(finite(summary) == summary, "the summary", "NaN or infinity", "finite numbers")
+
+
+def _validate_origin(origin: Mapping[str, Any], where: str) -> None:
+    _check(origin["commit"] is None or isinstance(origin["commit"], str), f"{where}commit", origin["commit"], "a string or null")
+    for key in ("hardware", "versions"):
+        _check(isinstance(origin[key], dict), f"{where}{key}", origin[key], "a mapping")
 
 
 def _validate_round(record: Any, where: str) -> None:
@@ -255,7 +283,8 @@ def _check(good: bool, where: str, value: Any, accepted: str) -> None:
         raise CDFKDError(f"{where} is {value!r}; accepted: {accepted}")
 
 
-def _check_keys(value: Any, keys: tuple[str, ...], where: str) -> None:
+def _check_keys(value: Any, keys: tuple[str, ...], where: str, *, perhaps: tuple[str, ...] = ()) -> None:
     _check(isinstance(value, dict), where, value, "a mapping")
-    if set(value) != set(keys):
-        raise CDFKDError(f"{where} has the keys {', '.join(map(str, value))}; accepted: exactly {', '.join(keys)}")
+    if not set(keys) <= set(value) <= {*keys, *perhaps}:
+        also = f", perhaps {', '.join(perhaps)}" if perhaps else ""
+        raise CDFKDError(f"{where} has the keys {', '.join(map(str, value))}; accepted: exactly {', '.join(keys)}{also}")

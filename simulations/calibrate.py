@@ -2,9 +2,10 @@
 
     python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml {competence,distillation} [--only SUBSTRING ...] [--threads N]
 
-Every federation is trained once. ``competence`` compares the scores of a grid with the oracle's weights, ``distillation``
-distils every candidate. Runs are kept and not repeated; an interrupted one goes on. The tables are
-<results>/<name>-{competence,distillation}.csv, with the commit in every row.
+Every federation (a base and a seed; the plan's seeds are a list, or a mapping from bases to lists) is trained once.
+``competence`` compares the scores of a grid with the oracle's weights, ``distillation`` distils every candidate. Runs are
+kept and not repeated; an interrupted one goes on. The tables are <results>/<name>-{competence,distillation}.csv, with the
+commit in every row.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from cdfkd_strategy.models.head_fusion import class_weights, fuse
 from cdfkd_strategy.offline import distill_directory, plan, write_teachers
 from cdfkd_strategy.provenance import commit
 from cdfkd_strategy.run_config import resolve
-from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.summary import origins, read_summary
 from cdfkd_strategy.teacher_directory import load_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble
 
-FEATURE_POWERS = (0.25, 0.5, 0.75, 1.0)
+FEATURE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROW_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0)
 COUNT_POWERS = (0.0, 0.5, 0.75, 1.0)
-"""Scores tried: ``F_kc^a ||W_c||^b N_k^d`` (see `cdfkd_strategy.competence`)."""
+"""Scores tried: ``F_kc^a ||W_c||^b N_k^d`` (see `cdfkd_strategy.competence`); with a = 0, row norms alone."""
 
 
 def main() -> None:
@@ -52,7 +53,12 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     todo = yaml.safe_load(args.plan.read_text())
-    federations = {(base, seed): teachers_of(args.runs, base, seed, todo["validation_size"]) for base in todo[args.what] for seed in todo[f"{args.what}_seeds"]}
+    seeds = todo[f"{args.what}_seeds"]  # of all federations, or a mapping with those of each
+    federations = {
+        (base, seed): teachers_of(args.runs, base, seed, todo["validation_size"])
+        for base in todo[args.what]
+        for seed in (seeds[base] if isinstance(seeds, dict) else seeds)
+    }
     if args.what == "competence":
         write_table(args.results / f"{todo['name']}-competence.csv", list(competence_rows(federations)))
         return
@@ -111,7 +117,7 @@ def distillation_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict
             last = summary["rounds"][-1]
             row = {"federation": base, "seed": seed, "candidate": about["candidate"], "overrides": " ".join(about["overrides"])}
             row |= {key: last["accuracy"][key] for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged")}
-            yield row | {"commit_of_run": summary["commit"]}
+            yield row | {"commit_of_run": " ".join(dict.fromkeys(str(origin["commit"]) for origin in origins(summary)))}
 
 
 def write_table(file: Path, rows: list[dict[str, Any]]) -> None:

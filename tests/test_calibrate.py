@@ -29,7 +29,7 @@ def test_federations_are_held_out_compared_and_distilled_once(repository: Path, 
         "name": "tiny",
         "validation_size": 100,
         "competence": [str(base)],
-        "competence_seeds": [5],
+        "competence_seeds": {str(base): [5]},
         "distillation": [str(base)],
         "distillation_seeds": [5],
         "common": toy,
@@ -41,7 +41,8 @@ def test_federations_are_held_out_compared_and_distilled_once(repository: Path, 
     (teachers,) = (tmp_path / "runs").iterdir()
     assert json.loads((teachers / "teachers.json").read_text())["config"]["data"]["validation_size"] == 100
     rows = list(csv.DictReader((tmp_path / "results" / "tiny-competence.csv").open()))
-    assert len(rows) == 4 * 5 * 4  # the grid of powers
+    assert len(rows) == 5 * 5 * 4  # the grid of powers
+    assert {row["feature_power"] for row in rows} >= {"0.0000", "1.0000"}, "row norms alone are in it"
     assert len({row["oracle"] for row in rows}) == 1
     assert all(0 <= float(row["estimated"]) <= 1 for row in rows)
     done = run(repository, tmp_path, "distillation")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,42 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     checkpoint.save_tensors(tmp_path / "one", tensors)
     checkpoint.save_tensors(tmp_path / "two", dict(reversed(tensors.items())))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the names of open files are found in /proc")
+def test_a_renaming_is_on_the_disk_before_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is renamed is in a directory: without a sync of that one, too, a machine that loses its power may keep the old name."""
+    events: list[tuple[str, Path]] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def sync(descriptor: int) -> None:
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", lambda self, target: (events.append(("rename", target)), replace(self, target))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, target: (events.append(("rename", target)), rename(self, target))[1])
+    checkpoint.write_json(tmp_path / "state.json", {})
+    checkpoint.save_tensors(tmp_path / "teacher.safetensors", {"weight": torch.ones(2)})
+    assert [event for event in events if event[0] == "rename" or event[1] == tmp_path] == [
+        *(("rename", tmp_path / "state.json"), ("sync", tmp_path)),
+        *(("rename", tmp_path / "teacher.safetensors"), ("sync", tmp_path)),
+    ]
+    for _ in range(2):
+        events.clear()
+        checkpoint.save_state(tmp_path / "c", {"value": torch.ones(2)})
+        assert events[-2:] == [("rename", tmp_path / "c"), ("sync", tmp_path)]
+        assert ("sync", tmp_path / "c.new") in events
+
+
+def test_where_a_directory_cannot_be_synced_files_are_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    checkpoint.save_state(tmp_path / "c", {"value": torch.ones(2)})
+    assert torch.equal(checkpoint.load_state(tmp_path / "c")["value"], torch.ones(2))

@@ -221,7 +221,8 @@ def test_a_run_stopped_by_max_seconds_goes_on_when_that_is_raised(distilled: Pat
     assert "stopped by engine.max_seconds" in start("engine.max_seconds=0").out
     assert (read_summary(tmp_path / "run")["stopped_by"], len((tmp_path / "run" / "losses.csv").read_text().splitlines())) == ("max_seconds", 1 + 1)
     again = start("engine.max_seconds=0", "--resume")
-    assert "is finished: engine.max_seconds=0.0 stopped it, raise that to go on" in again.err
+    assert "is finished: engine.max_seconds=0.0 stopped it after" in again.err
+    assert "raise that above them to go on" in again.err
     assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 1 + 1
     longer = start("engine.max_seconds=1000", "--resume")
     assert "which is raised: going on" in longer.err

@@ -4,6 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +270,21 @@ def test_an_error_of_a_client_is_one_of_this_library() -> None:
     diverging = ClientsConfig(count=2, architectures=("lenet",), epochs=2, lr=1e20, batch_size=16)
     with pytest.raises(CDFKDError, match="client 0, round 1"):
         train_all(diverging, tiny_data(), DEALT, IMAGE, 0, workers=1)
+
+
+@pytest.mark.parametrize("dies", ["submit", "result"])
+def test_a_process_that_dies_says_both_what_may_have_killed_it_and_what_to_do(dies: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ProcessPoolExecutor):
+        def submit(self, *_: object, **__: object) -> Future[object]:  # type: ignore[override]
+            if dies == "submit":  # while the shares of later clients are cut, the first process may be dead already
+                raise BrokenProcessPool("died")
+            future: Future[object] = Future()
+            future.set_exception(BrokenProcessPool("died"))
+            return future
+
+    monkeypatch.setattr("cdfkd_strategy.local_training.all_clients.ProcessPoolExecutor", Pool)
+    with pytest.raises(CDFKDError, match=r'a training process died.*if __name__ == "__main__":.*memory.*fewer workers'):
+        train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=2)
 
 
 def fingerprint() -> str:

@@ -103,6 +103,7 @@ def test_a_seed_of_the_data_goes_before_the_runs() -> None:
 
 def test_training_teachers_ends_with_the_table_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "usable_cores", lambda: 1)
+    monkeypatch.setattr("cdfkd_strategy.pictures.load_data", pytest.fail)  # the images are at hand already
     (tmp_path / "config.yaml").write_text(json.dumps(VALUES), encoding="utf-8")
     assert cli.main(["teachers", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "teachers")]) == 0
     counts = load_teachers(tmp_path / "teachers").oracle_label_counts
@@ -110,6 +111,32 @@ def test_training_teachers_ends_with_the_table_of_labels(tmp_path: Path, capsys:
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["client", *map(str, range(10)), "all"] in lines
     assert all([str(client), *map(str, row), str(sum(row))] in lines for client, row in enumerate(counts))
+
+
+# -- where it is computed ----------------------------------------------------------------------------------------
+
+
+def test_class_weights_and_first_student_are_computed_where_the_run_began(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def watched(name: str) -> None:
+        original = getattr(offline, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen.append((name, torch.get_num_threads()))
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(offline, name, call)
+
+    watched("estimate")
+    watched("first_student")
+    out = tmp_path / "run"
+    begun = ["method.epochs=2", "engine.threads=2", "engine.max_seconds=0"]
+    offline.distill_directory(offline.plan(teachers, begun), out)
+    offline.distill_directory(offline.plan(teachers, ["method.epochs=2", "engine.threads=1"]), out, resume=True)
+    assert seen == [("estimate", 2), ("first_student", 2)] * 2
+    assert (read_summary(out)["stopped_by"], read_summary(out)["runtime"]["threads"]) == ("schedule", 2)
+    assert torch.get_num_threads() == 1
 
 
 # -- label counts ------------------------------------------------------------------------------------------------

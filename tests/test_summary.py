@@ -15,6 +15,7 @@ import pytest
 from cdfkd_strategy import provenance
 from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
+from cdfkd_strategy.report import study_table
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.summary import SummaryWriter, check_same_config, read_summary, validate
 from cdfkd_strategy.types import ImageSpec
@@ -76,6 +77,52 @@ def test_resume_keeps_the_rounds_and_repeats_a_broken_one(tmp_path: Path) -> Non
     assert written(tmp_path)["rounds"] == [], "without resume a run starts afresh"
 
 
+class Here:
+    """What a start says of the place where it runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commit, self.cpu, self.torch = "first", "fast", "2.4"
+        monkeypatch.setattr("cdfkd_strategy.summary.commit", lambda: self.commit)
+        monkeypatch.setattr("cdfkd_strategy.summary.hardware", lambda: {"cpu": self.cpu})
+        monkeypatch.setattr("cdfkd_strategy.summary.versions", lambda: {"torch": self.torch})
+
+
+def test_a_start_that_computes_no_round_leaves_a_finished_summary_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Here(monkeypatch)
+    before = finished(tmp_path)
+    here.commit, here.cpu, here.torch = "second", "slow", "2.5"
+    longer = from_values({"engine": {"max_seconds": 900}})
+    writer = SummaryWriter(tmp_path, longer, resume=True)
+    assert not written(tmp_path)["finished"], "until it is known that nothing is left to do"
+    writer.finish("schedule")
+    assert written(tmp_path) == before
+
+
+def test_a_run_continued_elsewhere_names_where_it_began_and_where_it_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Here(monkeypatch)
+    SummaryWriter(tmp_path, RunConfig()).round(1, accuracy(), seconds=SECONDS)
+    SummaryWriter(tmp_path, RunConfig(), resume=True)
+    assert "continued" not in written(tmp_path), "the same place"
+    here.commit = "second"
+    SummaryWriter(tmp_path, RunConfig(), resume=True)  # dies without a round: it may have computed a part of one
+    here.cpu = "slow"
+    SummaryWriter(tmp_path, RunConfig(), resume=True)
+    here.commit, here.cpu, here.torch = "first", "fast", "2.5"
+    longer = from_values({"engine": {"max_seconds": 900}})
+    writer = SummaryWriter(tmp_path, longer, resume=True)
+    writer.round(2, accuracy(), seconds=SECONDS)
+    writer.finish("schedule")
+    values = read_summary(tmp_path)
+    assert (values["commit"], values["hardware"], values["versions"]) == ("first", {"cpu": "fast"}, {"torch": "2.4"})
+    assert values["continued"] == [
+        {"commit": "second", "hardware": {"cpu": "fast"}, "versions": {"torch": "2.4"}},
+        {"commit": "second", "hardware": {"cpu": "slow"}, "versions": {"torch": "2.4"}},
+        {"commit": "first", "hardware": {"cpu": "fast"}, "versions": {"torch": "2.5"}},
+    ]
+    assert values["config"]["engine"]["max_seconds"] == 900
+    assert study_table([values], values["study"]).endswith("Measured on fast, None cores; slow, None cores. Commit first, second.\n")
+
+
 def test_resume_with_another_configuration_says_which_key(tmp_path: Path) -> None:
     SummaryWriter(tmp_path, from_values({"data": {"partition": {"alpha": 0.1}}}))
     with pytest.raises(CheckpointError, match=r"data\.partition\.alpha=0\.1, not 0\.7"):
@@ -133,6 +180,9 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("rounds", 0, "bytes", "up", to=-1), "bytes.up"),
         (_set("rounds", 0, "bytes", to=None), "a mapping"),
         (_set("stopped_by", to="user"), "stopped_by"),
+        (_set("continued", to={}), "continued is {}; accepted: a list"),
+        (_set("continued", to=[{"commit": None}]), "continued[0] has the keys commit"),
+        (_set("continued", to=[{"commit": 1, "hardware": {}, "versions": {}}]), "continued[0].commit is 1"),
         (_set("stopped_by", to=None), "null exactly while unfinished"),
         (_set("hardware", "memory_gb", to=math.nan), "NaN"),
     ],
@@ -186,6 +236,21 @@ def test_the_commit_is_marked_dirty_by_sources_and_not_by_results(tmp_path: Path
     assert provenance.commit(tmp_path) == head
     source.write_text("two\n", encoding="utf-8")
     assert provenance.commit(tmp_path) == f"{head}-dirty"
+
+
+@pytest.mark.parametrize("name", ["calibrate.py", "calibration/fashion_mnist.yaml"])
+def test_an_edited_calibration_is_a_dirty_commit(tmp_path: Path, repository: Path, name: str) -> None:
+    assert (repository / "simulations" / name).exists()
+    file = tmp_path / "simulations" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("one\n", encoding="utf-8")
+    (tmp_path / "pyproject.toml").touch()
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "first")
+    assert provenance.commit(tmp_path) == _git(tmp_path, "rev-parse", "HEAD")
+    file.write_text("two\n", encoding="utf-8")
+    assert str(provenance.commit(tmp_path)).endswith("-dirty")
 
 
 def test_hardware_and_memory_are_known() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cdfkd_strategy.cli.showing import show_labels, show_run
-from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.run_config import RunConfig, resolve
 from cdfkd_strategy.summary import FILE_NAME, check_same_config, read_summary
 
@@ -28,12 +31,10 @@ def run(args: argparse.Namespace) -> None:
 def teachers(args: argparse.Namespace) -> None:
     """Train the teachers of round 1 and write a teacher directory."""
     from cdfkd_strategy.offline import write_teachers
-    from cdfkd_strategy.pictures import images_of
 
     config = resolve(args.config, args.overrides)
     out = check_out(args.out, resume=False)
-    write_teachers(config, out)
-    show_labels(config, images_of(config))
+    show_labels(config, write_teachers(config, out))
     print(f"teachers: {out}")
 
 
@@ -68,10 +69,11 @@ def check_out(path: str, *, resume: bool) -> Path:
 def is_finished(out: Path, config: RunConfig) -> bool:
     """Is there a finished run of this configuration?
 
-    A run that ``engine.max_seconds`` stopped is not finished any more once that is raised: its last distillation goes on.
+    A run whose last distillation ``engine.max_seconds`` stopped is not finished any more once that is raised above the time it
+    took. One of an earlier round is over: clients have its student.
 
     Raises:
-        CheckpointError: there is a run of another configuration.
+        CheckpointError: there is a run of another configuration, or its state cannot be read.
     """
     if not (out / FILE_NAME).exists():
         return False
@@ -79,9 +81,27 @@ def is_finished(out: Path, config: RunConfig) -> bool:
     check_same_config(summary["config"], config)
     if not summary["finished"]:
         return False
-    limit = (summary["config"].get("engine") or {}).get("max_seconds") if summary["stopped_by"] == "max_seconds" else None
-    if limit is not None and not config.engine.is_over(limit):
-        logger.info("the run in %s was stopped by engine.max_seconds=%s, which is raised: going on", out, limit)
+    if not was_stopped(out, summary):
+        logger.info("the run in %s is finished", out)
+        return True
+    limit, seconds = (summary["config"].get("engine") or {}).get("max_seconds"), summary["rounds"][-1]["seconds"]["distill"] or 0.0
+    if config.engine.is_over(seconds):
+        logger.info("the run in %s is finished: engine.max_seconds=%s stopped it after %.1f s, raise that above them to go on", out, limit, seconds)
+        return True
+    logger.info("the run in %s was stopped by engine.max_seconds=%s, which is raised: going on", out, limit)
+    return False
+
+
+def was_stopped(out: Path, summary: Mapping[str, Any]) -> bool:
+    """Did ``engine.max_seconds`` stop the last distillation of a finished run? (Its summary says whether it stopped one of them.)"""
+    if summary["stopped_by"] != "max_seconds" or not summary["rounds"]:
         return False
-    logger.info("the run in %s is finished%s", out, "" if limit is None else f": engine.max_seconds={limit} stopped it, raise that to go on")
-    return True
+    from cdfkd_strategy.flower.run_state import STATE_FILE
+
+    if not (out / STATE_FILE).exists():  # without Flower there is one round
+        return True
+    try:
+        state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
+        return bool(state["rounds"][-1]["stopped_by"] == "max_seconds")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"cannot read {out / STATE_FILE} ({error}); restore it, or start a new run directory") from error

@@ -19,6 +19,7 @@ from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.errors import CDFKDError, MissingExtraError
 from cdfkd_strategy.harness import Harness
 from cdfkd_strategy.methods import METHODS
+from cdfkd_strategy.offline import DISCLOSED
 from cdfkd_strategy.report import collect, find_results, markdown_report, rewrite_tables
 from cdfkd_strategy.run_config import RunConfig, config_names, resolve
 from cdfkd_strategy.summary import FILE_NAME, discloses_counts, read_summary
@@ -100,7 +101,7 @@ def show_run(directory: Path) -> None:
     summary = read_summary(directory)
     show(run_table(summary))
     if discloses_counts(summary):
-        print("disclosed by every client: its label counts per class (server.weights=label_counts)")
+        print(DISCLOSED)
     config = bind(RunConfig, summary["config"])
     data = images_of(config)
     show_labels(config, data)

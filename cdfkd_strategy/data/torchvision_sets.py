@@ -50,6 +50,8 @@ class TorchvisionSet:
         local: torchvision does not download it.
         files: attribute that lists the pictures' files, where torchvision takes them in whatever order the disk gives them:
             they are sorted, so that every machine deals the same pictures to the same client.
+        incomplete: torchvision also opens it without its pictures, once another part has brought the lists: it is always
+            asked to download, and skips what is there.
     """
 
     cls: str
@@ -60,6 +62,7 @@ class TorchvisionSet:
     # not shown, because the representation is part of the cache's key and these do not change what is stored
     local: bool = field(default=False, repr=False)
     files: str | None = field(default=None, repr=False)
+    incomplete: bool = field(default=False, repr=False)
 
 
 def _flag(cls: str, grey: bool = False) -> TorchvisionSet:
@@ -113,7 +116,7 @@ TORCHVISION_SETS: Mapping[str, TorchvisionSet] = {
     "country211": _splits("Country211", "train", "valid"),
     "imagenette": _splits("Imagenette", "train", test="val"),
     "imagenet": _splits("ImageNet", "train", test="val", local=True),
-    "places365": TorchvisionSet("Places365", ({"split": "train-standard", "small": True},), {"split": "val", "small": True}),
+    "places365": TorchvisionSet("Places365", ({"split": "train-standard", "small": True},), {"split": "val", "small": True}, incomplete=True),
     "sun397": _whole("SUN397", sized=False, files="_image_files"),
     "lsun": TorchvisionSet("LSUN", ({"classes": "train"},), {"classes": "val"}, sized=False, local=True),
     "inaturalist2017": _inaturalist("2017"),
@@ -142,7 +145,7 @@ def load_torchvision(name: str, root: Path, image_size: int | None) -> ImageArra
 
     Raises:
         ConfigError: a set of pictures of many sizes needs ``image_size``.
-        DataError: the set is not there and cannot be downloaded, or is broken.
+        DataError: the set is not there and cannot be downloaded, or is broken, or pictures of it are missing.
     """
     source = TORCHVISION_SETS[name]
     if image_size is None and not source.sized:
@@ -155,38 +158,48 @@ def load_torchvision(name: str, root: Path, image_size: int | None) -> ImageArra
 
 
 def _decode(name: str, source: TorchvisionSet, root: Path, image_size: int | None, folder: Path) -> None:
+    where = f"{name!r} in {root}"
     opened = [_open(name, source, root, arguments) for arguments in source.train]
     class_names = _class_names(opened[0])
     train: Any = ConcatDataset([_ordered(part, source) for part in opened])
     if source.test is None:
-        labels = np.array([label for _, label in _samples(train)], np.int64)
+        labels = np.array([label for _, label in _samples(train, where)], np.int64)
         split = stratified_split(labels, TEST_FRACTION, numpy_rng("torchvision_split", 1))
         train, test = Subset(train, split.train.tolist()), Subset(train, split.test.tolist())
     else:
         test = _ordered(_open(name, source, root, source.test), source)
-    labels_of = {part: _write_part(folder, part, pictures, image_size, source.grey) for part, pictures in (("train", train), ("test", test))}
+    labels_of: dict[str, NDArray[np.int64]] = {}
+    for part, pictures in (("train", train), ("test", test)):
+        labels_of[part] = _write_part(folder / f"x_{part}.npy", _samples(pictures, where), len(pictures), image_size, source.grey)
     present = np.unique(np.concatenate(list(labels_of.values())))
     for part, found in labels_of.items():
         np.save(folder / f"y_{part}.npy", np.searchsorted(present, found).astype(np.int64))
     store_names(folder, tuple(class_names[label] if label < len(class_names) else str(label) for label in present.tolist()))
 
 
-def _write_part(folder: Path, part: str, pictures: Any, size: int | None, grey: bool) -> NDArray[np.int64]:
+def _write_part(target: Path, samples: Iterator[tuple[Image.Image, int]], count: int, size: int | None, grey: bool) -> NDArray[np.int64]:
     """Write the pictures of one part, and give its labels as torchvision counts them."""
     labels: list[int] = []
 
     def decoded() -> Iterator[Image.Image]:
-        for picture, label in _samples(pictures):
+        for picture, label in samples:
             labels.append(label)
             yield picture
 
-    write_pictures(folder / f"x_{part}.npy", decoded(), len(pictures), size=size, grey=grey)
+    write_pictures(target, decoded(), count, size=size, grey=grey)
     return np.array(labels, np.int64)
 
 
-def _samples(pictures: Any) -> Iterator[tuple[Image.Image, int]]:
+def _samples(pictures: Any, where: str) -> Iterator[tuple[Image.Image, int]]:
+    """All pictures with their labels; what cannot be read is the set's fault and not the cache's."""
     for index in range(len(pictures)):
-        picture, label = pictures[index]
+        try:
+            picture, label = pictures[index]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"cannot read picture {index + 1} of {len(pictures)} of {where}: {error}; its files are incomplete or broken: "
+                "remove their folder, so that they are fetched again, or put the missing ones there"
+            ) from error
         if label is None:
             raise DataError(
                 "torchvision gives pictures without labels (of a test part whose labels these files do not hold); get the files with labels, or an .npz file"
@@ -222,10 +235,22 @@ def _construct(source: TorchvisionSet, arguments: Mapping[str, Any]) -> Any:
     cls = getattr(torchvision.datasets, source.cls)
     if source.local:
         return cls(**arguments)
+    if source.incomplete:
+        return _complete(cls, arguments)
     try:
         return cls(download=False, **arguments)
     except (OSError, RuntimeError):
         return cls(download=True, **arguments)
+
+
+def _complete(cls: Any, arguments: Mapping[str, Any]) -> Any:
+    """Download what is missing; torchvision before 0.21 refuses where the pictures are there already."""
+    try:
+        return cls(download=True, **arguments)
+    except RuntimeError as error:
+        if "already exists" not in str(error):
+            raise
+        return cls(download=False, **arguments)
 
 
 def _class_names(opened: Any) -> tuple[str, ...]:

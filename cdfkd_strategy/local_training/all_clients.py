@@ -22,6 +22,12 @@ from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.types import ImageSpec
 
+DIED = (
+    "a training process died before it gave its teacher. If the error above it speaks of a process that is still bootstrapping, the script that "
+    'calls this has no guard and was run again by the process: put its calls below `if __name__ == "__main__":`, or use one worker. '
+    "Otherwise memory may have run out: use fewer workers, or smaller images"
+)
+
 
 def initial_model(arch: str, image: ImageSpec, seed: int) -> nn.Module:
     """The common initialisation of all clients of one architecture in a run."""
@@ -101,12 +107,12 @@ def _outcomes(config: ClientsConfig, data: ImageData, data_config: DataConfig, i
         yield from ((k, _train_job(job(k))) for k in range(config.count))
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_train_job, job(k)): k for k in range(config.count)}
         try:
+            waiting = {pool.submit(_train_job, job(k)): k for k in range(config.count)}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
-            raise CDFKDError("a training process died, perhaps for lack of memory; use fewer workers, or smaller images") from error
+            raise CDFKDError(DIED) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
+import shutil
 import struct
 from collections import Counter
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 
@@ -165,6 +168,64 @@ def test_every_entry_is_opened_once_per_part_and_decoded(name: str, tmp_path: Pa
     classes = dict(zip(range(0, 110, 10), [0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1], strict=True))
     assert [classes[value] for value in shade] == data.y_train.tolist()
     assert shade[:9] == (sorted(shade, reverse=True)[:9] if source.files else shade[:9]), "in the order of the files' names"
+
+
+class Archives:
+    """Stands for torchvision's downloader of Places365: the devkit holds the lists of all parts, and every part has its pictures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fetched: list[str] = []
+        self.lists = {"categories_places365.txt": "/a/airfield 0\n/b/bakery 1\n"}
+        for part, name in (("train", "places365_train_standard.txt"), ("val", "places365_val.txt")):
+            self.lists[name] = "".join(f"/{part}{index}.jpg {index % 2}\n" for index in range(4))
+        cls, sums = torchvision.datasets.Places365, {name: hashlib.md5(text.encode()).hexdigest() for name, text in self.lists.items()}
+        monkeypatch.setattr(cls, "_CATEGORIES_META", ("categories_places365.txt", sums["categories_places365.txt"]))
+        names = {"train-standard": "places365_train_standard.txt", "val": "places365_val.txt"}
+        monkeypatch.setattr(cls, "_FILE_LIST_META", {part: (name, sums[name]) for part, name in names.items()})
+        monkeypatch.setattr("torchvision.datasets.places365.download_and_extract_archive", self.fetch)
+
+    def fetch(self, url: str, root: str, md5: str) -> None:
+        name = url.rpartition("/")[2]
+        self.fetched.append(name)
+        if name.startswith("filelist"):
+            for file, text in self.lists.items():
+                (Path(root) / file).write_text(text)
+            return
+        part, folder = ("train", "data_256") if name.startswith("train") else ("val", "val_256")
+        (Path(root) / folder).mkdir()
+        for index in range(4):
+            Image.new("RGB", (8, 8), (40 * index,) * 3).save(Path(root) / folder / f"{part}{index}.jpg")
+
+
+def test_places365_has_the_pictures_of_all_parts_although_one_brings_the_lists_of_all(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archives = Archives(monkeypatch)
+    config = DataConfig(name="places365", path=str(tmp_path / "places"))
+    data = load_data(config, seed=0)
+    assert (data.y_train.tolist(), data.y_test.tolist(), data.class_names) == ([0, 1, 0, 1], [0, 1, 0, 1], ("/a/airfield", "/b/bakery"))
+    assert archives.fetched == ["filelist_places365-standard.tar", "train_256_places365standard.tar", "val_256.tar"]
+    shutil.rmtree(cache)
+    assert torch.equal(load_data(config, seed=0).x_test, data.x_test)
+    assert len(archives.fetched) == 3, "what is there is not fetched again"
+    shutil.rmtree(cache)
+    monkeypatch.setattr(torchvision.datasets.Places365, "download_images", refuse)
+    assert torch.equal(load_data(config, seed=0).x_test, data.x_test)
+
+
+def refuse(self: Any) -> None:
+    """As torchvision before 0.21 does."""
+    assert Path(self.images_dir).exists()
+    raise RuntimeError(f"The directory {self.images_dir} already exists. If you want to re-download the images, delete the directory.")
+
+
+def test_a_picture_that_is_missing_is_not_blamed_on_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holes(stand_in("dtd", [])):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            return (Image.open(tmp_path / "gone.jpg"), 0) if index == 7 else super().__getitem__(index)
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", Holes)
+    with pytest.raises(DataError, match=r"cannot read picture 8 of 22 of 'dtd' in .*gone\.jpg.*remove their folder") as caught:
+        load_data(DataConfig(name="dtd", path=str(tmp_path), image_size=16), seed=0)
+    assert "CDFKD_CACHE" not in str(caught.value)
 
 
 def test_what_is_there_is_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
