@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -29,6 +30,17 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on the disk too, so that a machine that loses its power keeps a renaming; nothing where that is not supported."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,6 +60,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_directory(path.parent)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -130,6 +143,7 @@ def save_state(directory: Path, state: Mapping[str, Any]) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         directory.rename(previous)
     fresh.rename(directory)
+    sync_directory(directory.parent)
 
 
 def load_state(directory: Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import json
 import logging
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, UserConfig
 from flwr.clientapp import ClientApp
@@ -173,7 +175,16 @@ def _examine(strategy: CDFKDStrategy, harness: Harness, summary: SummaryWriter |
         summary.round(
             server_round, accuracy, seconds=seconds, traffic=record.bytes, peak_memory_mb=memory, runtime=None if runtime is None else runtime.to_dict()
         )
-    found = {name: value for name, value in accuracy.items() if value is not None}
+    return _metric_record(accuracy)
+
+
+def _metric_record(accuracy: Mapping[str, Any]) -> MetricRecord | None:
+    """What there is of the accuracies; a record has no null, so teachers and headers that do not count are NaN in their lists."""
+    found = {
+        name: [float("nan") if item is None else item for item in value] if isinstance(value, list) else value
+        for name, value in accuracy.items()
+        if value is not None
+    }
     return MetricRecord(found) if found else None
 
 

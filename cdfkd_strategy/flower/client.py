@@ -24,17 +24,21 @@ from cdfkd_strategy.run_config import RunConfig
 TEACHER_STATE = "teacher"
 """Where a client keeps its last teacher in the context of its node, to evaluate it beside the student."""
 
+CONSENT = payload.LABEL_COUNTS
+"""Key of a node's configuration: may this client's label counts leave it?"""
+
 
 def hello(message: Message, context: Context, config: RunConfig | None, own: DataConfig | None = None) -> Message:
     """Answer who this client is, without reading an image; no label counts."""
     place = place_of(message, context, config, own)
+    _consents(context, config)  # a node that does not say clearly what it wants is told so before it trains
     image = place.config.data.image
     return Message(payload.hello_reply(_teacher_record(place, None if image is None else image.num_classes)), reply_to=message)
 
 
 def train(message: Message, context: Context, config: RunConfig | None, own: DataConfig | None = None) -> Message:
     """Train the teacher for one round, with the broadcast student if there is one, and reply with its weights."""
-    place = place_of(message, context, config, own)
+    place, consents = place_of(message, context, config, own), _consents(context, config)
     settings = payload.config_of(message.content)
     server_round, device = payload.server_round(settings), _device(context)
     model = initial_model(place.arch, place.data.image, place.config.seed)
@@ -52,10 +56,9 @@ def train(message: Message, context: Context, config: RunConfig | None, own: Dat
     )
     arrays = to_record(model.state_dict())
     context.state[TEACHER_STATE] = arrays
-    metrics = {f"train-{name}": stats[name] for name in ("loss", "accuracy", "student_kl") if name in stats}
+    metrics = {key: stats[name] for name, key in payload.TRAIN_METRICS.items() if name in stats}
     counts = None
-    opted_in = context.node_config.get("label-counts", config is not None)  # a server's configuration alone is no consent
-    if place.config.server.weights == LABEL_COUNTS and opted_in:
+    if place.config.server.weights == LABEL_COUNTS and consents:
         counts = torch.bincount(share.y_train, minlength=place.data.image.num_classes).tolist()
     teacher = _teacher_record(place, place.data.image.num_classes, counts)
     return Message(payload.train_reply(arrays, metrics, len(share.x_train), teacher), reply_to=message)
@@ -75,18 +78,28 @@ def evaluate(message: Message, context: Context, config: RunConfig | None, own: 
         metrics: dict[str, float] = {}
         if len(share.x_test):
             heads = predict(lambda images: student(images).logits, share.x_test, image, device=device)
-            metrics["student-accuracy"] = accuracy(fuse(heads, weights), share.y_test)
+            metrics[payload.STUDENT_ACCURACY] = accuracy(fuse(heads, weights), share.y_test)
             last = context.state.array_records.get(TEACHER_STATE)
             if last is not None:
                 teacher = initial_model(place.arch, image, place.config.seed)
                 _fill(teacher, last, "own last teacher")
-                metrics["teacher-accuracy"] = accuracy(predict(teacher.to(device).eval(), share.x_test, image, device=device), share.y_test)
+                metrics[payload.TEACHER_ACCURACY] = accuracy(predict(teacher.to(device).eval(), share.x_test, image, device=device), share.y_test)
         attention = _fit_attention(place, student, share, payload.server_round(settings), device)
     return Message(payload.evaluate_reply(metrics, len(share.x_test), attention), reply_to=message)
 
 
 def _teacher_record(place: Place, num_classes: int | None, label_counts: list[int] | None = None) -> ConfigRecord:
     return payload.identity_record(Identity(place.arch, place.partition_id), num_classes, label_counts)
+
+
+def _consents(context: Context, config: RunConfig | None) -> bool:
+    """May this client's label counts leave it? Its node's configuration says so, or a configuration of its own; a server's alone is no consent."""
+    said = context.node_config.get(CONSENT, config is not None)
+    if not isinstance(said, bool):
+        raise ConfigError(
+            f"the node's configuration has {CONSENT}={said!r}; accepted: true or false; write --node-config '{CONSENT}=true', without quotes around it"
+        )
+    return said
 
 
 def _device(context: Context) -> str:

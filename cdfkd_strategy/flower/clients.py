@@ -9,13 +9,14 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from cdfkd_strategy.errors import UploadError
+from cdfkd_strategy.errors import TooFewTeachersError, UploadError
 from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.exchange import Exchange, last_line, message_to, wait_for_nodes
 from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.payload import AttentionFit, Identity
 from cdfkd_strategy.flower.roster import Client, Roster
+from cdfkd_strategy.flower.run_state import RoundRecord
 from cdfkd_strategy.flower.slots import client_order
 from cdfkd_strategy.flower.uploads import Upload
 from cdfkd_strategy.teachers import state_hash
@@ -38,7 +39,9 @@ class Clients:
         self.exchange = Exchange()
 
     def wait(self, grid: Grid, usable: int) -> list[int]:
-        """The nodes of a round: as many as are expected or, when the time is up, no fewer than the round needs.
+        """The nodes of a round: as many as are expected or, when the time is up, no fewer than the round can do with.
+
+        That is the least: a node may turn out to be the client of a teacher that the round has already.
 
         Args:
             grid: of the run.
@@ -74,6 +77,27 @@ class Clients:
             for reply in self.exchange.ask(grid, hello, patience, options.node_wait):
                 self.roster.hear(self.exchange.node_of(reply), reply)
         return self.roster.clients(nodes)
+
+    def check_enough(self, possible: set[str], nodes: list[int], record: RoundRecord) -> None:
+        """Before anybody trains: can the round have as many teachers as it needs?
+
+        Args:
+            possible: keys of the clients of whom there is a teacher, or that are about to train one.
+            nodes: that are connected.
+            record: of the round.
+
+        Raises:
+            TooFewTeachersError: it cannot.
+        """
+        options = self.options
+        if len(possible) >= options.min_teachers:
+            return
+        record.silent = self.silent(nodes)
+        raise TooFewTeachersError(
+            f"round {record.round} would have {len(possible)} teachers at most (clients {', '.join(sorted(possible, key=client_order)) or '-'}), with "
+            f"{len(nodes)} nodes connected; accepted: at least min_teachers={options.min_teachers}; start more SuperNodes, or lower min_teachers "
+            f"(fraction_train is {options.fraction_train}, max_teacher_age {options.max_teacher_age}). {record.missing or 'Every connected node takes part'}"
+        )
 
     def behind(self, reply: Message) -> tuple[int, Client | None, str]:
         """Node, client and key that a reply is about; the key of a client that is not known is its node id."""

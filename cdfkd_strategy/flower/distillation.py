@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.checkpoint import has_state, load_state, load_tensors, save_tensors
+from cdfkd_strategy.checkpoint import has_state, load_tensors, save_tensors
 from cdfkd_strategy.competence import LABEL_COUNTS, estimate
 from cdfkd_strategy.engine import DistillResult, distill
 from cdfkd_strategy.errors import ConfigError
@@ -88,23 +88,6 @@ def extras_of(options: Options, uploads: Uploads, teachers: TeacherEnsemble) -> 
     if not options.label_counts:
         return Extras()
     return Extras(label_counts=torch.tensor([uploads[spec.key].label_counts for spec in teachers.specs]))
-
-
-def run_runtime(options: Options, began: Runtime | None, *, resumed: bool) -> Runtime:
-    """Device, threads and layout of all rounds of a run: resolved by its first start, and kept by later ones.
-
-    Args:
-        options: the strategy's settings.
-        began: what the run's state says; None at a first start, and in a state of an earlier version, whose checkpoint has it.
-        resumed: is this a later start?
-
-    Raises:
-        ConfigError: the device that the settings name is not there.
-        CheckpointError: the device that the run began on is not there.
-    """
-    if began is None and resumed and options.run_dir is not None and has_state(options.run_dir / "checkpoint"):
-        began = Runtime.from_dict(load_state(options.run_dir / "checkpoint")["runtime"])
-    return options.engine.runtime() if began is None else options.engine.continued(began)
 
 
 def distil_round(

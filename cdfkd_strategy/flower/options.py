@@ -15,7 +15,7 @@ from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import EngineConfig
 from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
-from cdfkd_strategy.flower.disclosure import OPTED_IN, disclosed, needed
+from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, LATER, OPTED_IN, needed
 from cdfkd_strategy.flower.payload import Keys
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.types import ImageSpec
@@ -121,16 +121,20 @@ class Options:
     def disclosures(self, num_rounds: int) -> list[str]:
         """What leaves the clients, and what clients see of one another, in words."""
         needs = self.distiller.needs
-        found = [f"every client's teacher: {'; '.join(disclosed(label_counts=False))} (to the server)"]
+        found = [f"every client's teacher: {'; '.join(ALWAYS.values())} (to the server)"]
         if needs.disclosed():
             found.append(f"of these, the method needs: {', '.join(needed(needs))}")
         if self.label_counts:
             found.append(f"{', '.join(OPTED_IN.values())} of every client (to the server; opted in by weights='label_counts')")
-        if self.fraction_evaluate > 0 and self.broadcast == "heads":
-            found.append("C+1 attention parameters, fitted on a few local samples (to the server)")
+        if num_rounds > 1:
+            found.append(f"from round 2 on: {'; '.join(LATER.values())} (to the server)")
+        if self.fraction_evaluate > 0:
+            fitted = ATTENTION.values() if self.broadcast == "heads" else ()
+            found.append(f"every client that evaluates: {'; '.join((*EVALUATED.values(), *fitted))} (to the server)")
         if num_rounds > 1 or self.fraction_evaluate > 0:
-            heads = "the student with one header per client, and the class weights of all clients (to every client)"
-            found.append(heads if self.broadcast == "heads" else "the student with a single header distilled from all (to every client)")
+            heads = "the student with one header per client, and the class weights of all clients"
+            sent = heads if self.broadcast == "heads" else "the student with a single header distilled from all"
+            found.append(f"{sent} (to every client{'' if num_rounds > 1 else ' that evaluates'})")
         return found
 
 

@@ -29,7 +29,11 @@ ARRAYS, STUDENT, CONFIG, METRICS, TEACHER, ATTENTION = "arrays", "student", "con
 ROUND, STUDENT_SPEC, RUN_CONFIG, NUM_EXAMPLES = "server-round", "student-spec", "run-config", "num-examples"
 ARCH, PARTITION_ID, NUM_CLASSES, LABEL_COUNTS = "arch", "partition-id", "num-classes", "label-counts"
 WEIGHT, BIAS = "weight", "bias"
+STUDENT_ACCURACY, TEACHER_ACCURACY = "student-accuracy", "teacher-accuracy"
 R = TypeVar("R")
+
+TRAIN_METRICS = {"loss": "train-loss", "accuracy": "train-accuracy", "student_kl": "train-student_kl"}
+"""What local training measures -> its metric in a train reply; the last from round 2 on."""
 
 MAX_METRICS = 64
 """Metrics per reply, characters per name, and numbers per metric that are kept."""

@@ -16,6 +16,12 @@ from cdfkd_strategy.flower.slots import client_order
 
 logger = logging.getLogger("flwr")
 
+NO_HANDLER = "No query function registered"
+"""What Flower answers for a ClientApp that was never told what to do with a hello."""
+
+AWAY = (3, 4, 5)
+"""Flower's codes of messages that were lost and of nodes that are not there: what fails is the connection, not the client."""
+
 
 @dataclass(frozen=True)
 class Client:
@@ -58,13 +64,22 @@ class Roster:
         self._clients = {node: client for node, client in self._clients.items() if node in here}
         self._refused = {node: reason for node, reason in self._refused.items() if node in here}
 
+    def refused(self, nodes: Iterable[int]) -> dict[str, str]:
+        """Node id -> why it takes no part, for those of these nodes that do not."""
+        return {str(node): self._refused[node] for node in nodes if node in self._refused}
+
     def hear(self, node: int, reply: Message) -> None:
-        """Take a hello reply; an error means a client that does not know this project."""
+        """Take a hello reply: a client that has no answer does not know this project, and one that fails to give it is misconfigured."""
         try:
-            if reply.has_error():
-                logger.info("node %d does not say who it is (%s): it takes the default architecture, and its node id as key", node, last_line(reply))
-            identity = None if reply.has_error() else read_identity(reply.content, self.num_classes)
-            self.enter(node, identity)
+            if not reply.has_error():
+                self.enter(node, read_identity(reply.content, self.num_classes))
+            elif NO_HANDLER in (reply.error.reason or ""):
+                logger.info("node %d does not say who it is: it takes the default architecture, and its node id as key", node)
+                self.enter(node, None)
+            elif reply.error.code in AWAY:
+                logger.warning("node %d could not be asked who it is (code %d): %s", node, reply.error.code, last_line(reply))
+            else:
+                raise UploadError(f"it could not say who it is (code {reply.error.code}): {last_line(reply)}")
         except UploadError as error:
             logger.warning("node %d takes no part: %s", node, error)
             self._refused[node] = str(error)

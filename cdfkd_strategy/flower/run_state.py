@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,14 @@ class RoundRecord:
         round: from 1.
         seconds: spent so far on "clients", "distill" and "evaluate", restarts included.
         bytes: "up" from and "down" to the clients so far, array payload only.
-        quarantined: client key -> why its upload was not used.
+        quarantined: client key -> why its upload was not used; node id -> why the node was not asked for one.
         silent: keys of clients that were asked and did not answer.
         train: aggregated metrics of the train replies.
         evaluate_clients: aggregated metrics of the evaluate replies.
         evaluate_server: metrics of ``evaluate_fn``.
         stopped_by: what ended the distillation.
+
+    Metrics may be NaN, in lists too: null in the file.
     """
 
     round: int
@@ -54,6 +56,11 @@ class RoundRecord:
     evaluate_server: dict[str, Any] | None = None
     stopped_by: str | None = None
 
+    @property
+    def missing(self) -> str:
+        """Who gave no teacher, and why, in words."""
+        return "; ".join(f"client {key}: {reason}" for key, reason in (self.quarantined | dict.fromkeys(self.silent, "no reply")).items())
+
 
 @dataclass
 class RunState:
@@ -61,7 +68,7 @@ class RunState:
 
     Args:
         settings: the strategy's resolved settings; a resumed run must have the same.
-        runtime: device, threads and layout that the first start resolved, for all rounds; None in states of earlier versions.
+        runtime: device, threads and layout that the first start resolved, for all rounds.
         round: the round in progress, from 1.
         phase: how far it is.
         slots: client key -> header slot.
@@ -72,7 +79,7 @@ class RunState:
     """
 
     settings: dict[str, Any]
-    runtime: Runtime | None = None
+    runtime: Runtime
     round: int = 1
     phase: Phase = "uploads"
     slots: dict[str, int] = field(default_factory=dict)
@@ -111,15 +118,19 @@ class RunDirectory:
         for leftover in path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
 
-    def open(self, settings: Mapping[str, Any]) -> RunState:
+    def open(self, settings: Mapping[str, Any], runtime: Callable[[], Runtime]) -> RunState:
         """The state to continue from, or a fresh one.
+
+        Args:
+            settings: of this start.
+            runtime: resolves that of a fresh run.
 
         Raises:
             CheckpointError: the state is broken, or of a run with other settings.
         """
         mine = json.loads(json.dumps(to_dict(settings)))
         if self.path is None or not (self.path / STATE_FILE).exists():
-            return RunState(mine)
+            return RunState(mine, runtime())
         state = _read(self.path / STATE_FILE)
         different = sorted(key for key in {*mine, *state.settings} if mine.get(key) != state.settings.get(key))
         if different:
@@ -162,15 +173,24 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
+def _metrics(saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Metrics as they were before `_finite`: a MetricRecord takes NaN, also among the numbers of a list, and no null."""
+    if saved is None:
+        return None
+    nan = float("nan")
+    return {
+        name: [nan if item is None else item for item in value] if isinstance(value, list) else nan if value is None else value for name, value in saved.items()
+    }
+
+
 def _read(path: Path) -> RunState:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError("another format")
-        names = {item.name for item in fields(RunState)}
-        rounds = [RoundRecord(**record) for record in values.pop("rounds")]
-        runtime = values.pop("runtime", None)
-        runtime = None if runtime is None else Runtime.from_dict(runtime)
-        return RunState(**{name: value for name, value in values.items() if name in names}, runtime=runtime, rounds=rounds)
+        runtime, rounds = Runtime.from_dict(values.pop("runtime")), [RoundRecord(**record) for record in values.pop("rounds")]
+        for record in rounds:
+            record.train, record.evaluate_clients, record.evaluate_server = map(_metrics, (record.train, record.evaluate_clients, record.evaluate_server))
+        return RunState(**values, runtime=runtime, rounds=rounds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); start a new run directory") from error

@@ -18,7 +18,7 @@ from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.averages import attention_from, attention_parameters, mean_attention
 from cdfkd_strategy.flower.clients import Clients
-from cdfkd_strategy.flower.distillation import Distilled, by_slot, distil_round, ensemble, may_go_on, read_back, restore, run_runtime, teacher_weights
+from cdfkd_strategy.flower.distillation import Distilled, by_slot, distil_round, ensemble, may_go_on, read_back, restore, teacher_weights
 from cdfkd_strategy.flower.exchange import message_to, wait_for_nodes
 from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.roster import Client, sample
@@ -76,8 +76,9 @@ class Session:
             self.architectures.start_from(initial)
             common = state_hash(self.architectures.initial(None))
         sent = {key: value for key, value in config.items() if not isinstance(value, bytes)}
-        self._state = state = self.directory.open({**self.options.settings(), "initial_arrays": common, "train_config": sent})
-        self.runtime = state.runtime = run_runtime(self.options, state.runtime, resumed=bool(state.rounds))
+        settings = {**self.options.settings(), "initial_arrays": common, "train_config": sent}
+        self._state = state = self.directory.open(settings, self.options.engine.runtime)
+        self.runtime = state.runtime = self.options.engine.continued(state.runtime)
         if not state.rounds:
             self.directory.save(state)  # the directory's first file: whatever comes next, a start finds a run to continue
             return
@@ -109,7 +110,7 @@ class Session:
                 (record.evaluate_server, result.evaluate_metrics_serverapp),
             ):
                 if metrics is not None:
-                    kept[record.round] = MetricRecord({name: float("nan") if value is None else value for name, value in metrics.items()})
+                    kept[record.round] = MetricRecord(metrics)
         return result
 
     def _enter_round(self, server_round: int) -> None:
@@ -139,11 +140,12 @@ class Session:
         nodes = self.clients.wait(grid, len(self._live()))
         clients = self.clients.connected(grid, nodes, config, server_round, self.num_rounds, self.timeout)
         self._nodes = nodes
+        self.state.record.quarantined.update(self.clients.roster.refused(nodes))
         chosen = sample(clients, options.fraction_train, options.min_train_nodes, "train", options.seed, server_round)
         asked = [client for client in chosen if self.uploads.trained_in.get(client.key) != server_round]
         logger.info("round %d: %d of %d nodes train; %d uploads are stored already", server_round, len(asked), len(nodes), len(chosen) - len(asked))
         student, broadcast = self._broadcast() if server_round > 1 else (None, None)
-        messages = []
+        contents = []
         for client in asked:
             try:
                 arrays = to_record(self._start_of(client))
@@ -151,8 +153,9 @@ class Session:
                 self._quarantine(client.key, str(error))
                 continue
             brings = (student, broadcast) if self._speaks(client) else (None, None)
-            content = payload.request(arrays, config, server_round, student=brings[0], broadcast=brings[1], keys=options.keys)
-            messages.append(self._message(client, content, MessageType.TRAIN))
+            contents.append((client, payload.request(arrays, config, server_round, student=brings[0], broadcast=brings[1], keys=options.keys)))
+        self.clients.check_enough({*self._live(), *(client.key for client, _ in contents)}, nodes, self.state.record)
+        messages = [self._message(client, content, MessageType.TRAIN) for client, content in contents]
         self.directory.save(self.state)
         return messages
 
@@ -220,10 +223,9 @@ class Session:
         live = self._live()
         if len(live) < options.min_teachers:
             self.directory.save(state)
-            reasons = [f"client {key}: {reason}" for key, reason in (state.record.quarantined | dict.fromkeys(state.record.silent, "no reply")).items()]
             raise TooFewTeachersError(
                 f"round {state.round} has {len(live)} usable teachers; accepted: at least min_teachers={options.min_teachers}. "
-                f"{'; '.join(reasons) or 'No client was asked'}"
+                f"{state.record.missing or 'No client was asked'}"
             )
         state.slots = assign_slots(state.slots, live)
         keys = by_slot(state.slots)

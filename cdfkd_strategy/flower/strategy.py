@@ -62,7 +62,8 @@ class CDFKDStrategy(Strategy):
         broadcast: what clients get of the student: all "heads" and their class weights, or one "single" header distilled from them.
         single_steps: optimiser steps for that single header.
         identify: ask every node who it is before it trains; None asks where it matters: several architectures, a run
-            directory, or more than one round. Nodes that cannot answer take the default architecture, with their node id as key.
+            directory, or more than one round. Nodes that do not know the question take the default architecture, with their node
+            id as key; those that fail to answer it are misconfigured and take no part.
         node_wait: seconds to wait for nodes to connect; also, after the first node said who it is, for the next one to do so.
         fraction_train: of the connected nodes, to train in a round.
         fraction_evaluate: of the connected nodes, to evaluate the student; 0 skips evaluation and head attention.

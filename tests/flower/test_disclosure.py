@@ -15,31 +15,50 @@ from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.flower.apps import serve
-from cdfkd_strategy.flower.disclosure import ALWAYS, OPTED_IN, disclosed
+from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, LATER, OPTED_IN
+from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.types import Extras, Metrics, Needs
 from tests.flower.memory_grid import project_grid, tiny_config, tiny_strategy
 
-PARTS = ("all weights", "BatchNorm running statistics", "number of training examples", "architecture name", "partition id")
+PARTS = (
+    *("all weights", "BatchNorm running statistics", "number of training examples", "architecture name", "partition id"),
+    *("from round 2 on: divergence of its teacher from the student", "if it evaluates: local accuracy of the student", "number of test examples"),
+)
 
 
-def uploads(weights: str) -> list[RecordDict]:
-    """The train replies of this project's clients."""
-    config = tiny_config(server={"weights": weights, "node_wait": 0.2})
-    grid, replies = project_grid(config), list[Message]()
-    grid.edit = lambda _, reply: (replies.append(reply), reply)[1]
+def replies_of(weights: str, broadcast: str = "heads") -> dict[tuple[str, str], list[RecordDict]]:
+    """Everything that this project's clients answer in two rounds, by kind of message and round."""
+    config = tiny_config(data={"train_size": 90}, clients={"count": 2}, server={"rounds": 2, "weights": weights, "broadcast": broadcast, "node_wait": 0.2})
+    grid, found = project_grid(config), dict[tuple[str, str], list[RecordDict]]()
+
+    def keep(_: int, reply: Message) -> Message:
+        found.setdefault((reply.metadata.message_type, reply.metadata.group_id), []).append(reply.content)
+        return reply
+
+    grid.edit = keep
     serve(grid, config, None, resume=False)
-    return [reply.content for reply in replies if reply.metadata.message_type == "train"]
+    assert all(len(contents) == 2 for contents in found.values())
+    return found
 
 
-@pytest.mark.parametrize("weights", ["auto", "label_counts"])
-def test_every_key_of_an_upload_is_in_the_list_and_nothing_else(weights: str) -> None:
-    contents = uploads(weights)
-    assert len(contents) == 3
-    for content in contents:
-        assert set(content) == {"arrays", "metrics", "teacher"}
-        assert set(content["metrics"]) <= {"num-examples", "train-loss", "train-accuracy"}, "local training loss and accuracy"
-        assert any("running_var" in name for name in content["arrays"]), "BatchNorm running statistics included"
-        assert {"arrays", "metrics", "num-examples", *content["teacher"]} == {*ALWAYS, *(OPTED_IN if weights == "label_counts" else ())}
+@pytest.mark.parametrize(("weights", "broadcast"), [("auto", "heads"), ("label_counts", "single")])
+def test_every_key_of_every_reply_is_in_the_list_and_nothing_else(weights: str, broadcast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CDFKDStrategy.__init__.__kwdefaults__, "single_steps", 2)
+    found = replies_of(weights, broadcast)
+    assert sorted(found) == [("evaluate", "1"), ("evaluate", "2"), ("query.hello", "1"), ("train", "1"), ("train", "2")]
+    for content in found["query.hello", "1"]:
+        assert set(content) == {"teacher"}
+        assert set(content["teacher"]) <= set(ALWAYS)
+    for number in ("1", "2"):
+        always = {*ALWAYS, *(OPTED_IN if weights == "label_counts" else ()), *(LATER if number == "2" else ())}
+        for content in found["train", number]:
+            assert set(content) == {"arrays", "metrics", "teacher"}
+            assert any("running_var" in name for name in content["arrays"]), "BatchNorm running statistics included"
+            assert {"arrays", *content["metrics"], *content["teacher"]} == always
+        for content in found["evaluate", number]:
+            assert set(content) == {"metrics", "attention"} if broadcast == "heads" else {"metrics"}
+            assert set(content["metrics"]) == set(EVALUATED)
+            assert broadcast == "single" or set(content["attention"]) == set(ATTENTION)
 
 
 def rows(out: str) -> dict[str, str]:
@@ -64,14 +83,25 @@ def test_the_table_of_methods_says_all_of_it_for_every_method(capsys: pytest.Cap
     monkeypatch.setattr(METHODS["cdfkd_mfs"], "needs", Needs(label_counts=True, features=True))
     assert cli.main(["methods"]) == 0
     changed = rows(capsys.readouterr().out)
-    assert "number of classes; label counts per class | features before a last linear layer, label counts per class |" in changed["cdfkd_mfs"]
+    assert "number of classes; label counts per class; from round 2 on: divergence" in changed["cdfkd_mfs"]
+    assert "| features before a last linear layer, label counts per class |" in changed["cdfkd_mfs"]
     assert changed["rdskd"] == found["rdskd"]
 
 
 def test_the_strategy_lists_the_same() -> None:
     first, *others = tiny_strategy(fraction_evaluate=0.0).disclosures
-    assert all(part in first for part in disclosed(label_counts=False))
+    assert all(part in first for part in ALWAYS.values())
     assert not others
+    strategy = tiny_strategy()
+    evaluated, student = strategy.disclosures[1:]
+    assert all(part in evaluated for part in (*EVALUATED.values(), *ATTENTION.values()))
+    assert "class weights of all clients (to every client that evaluates)" in student
+    strategy.session.num_rounds = 2
+    later, _, student = strategy.disclosures[1:]
+    assert all(part in later for part in LATER.values())
+    assert "(to every client)" in student
+    single = tiny_strategy(broadcast="single").disclosures
+    assert not any(part in line for line in single for part in ATTENTION.values())
     assert any("the method needs: BatchNorm running statistics" in line for line in tiny_strategy(method="deep_inversion", method_config=None).disclosures)
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message
@@ -15,6 +16,7 @@ from torch import Tensor
 from cdfkd_strategy.averaging import fedavg
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.flower import client, distillation
+from cdfkd_strategy.flower.apps import serve
 from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.payload import Broadcast
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
@@ -23,8 +25,9 @@ from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.student_io import load_student
+from cdfkd_strategy.summary import SummaryWriter, read_summary
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
-from tests.flower.memory_grid import IMAGE, Killed, MemoryGrid, echo_app, tiny_config, tiny_strategy
+from tests.flower.memory_grid import IMAGE, Killed, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
 GONE = 1
 """The client that gives a teacher in rounds 1 and 3 only."""
@@ -150,6 +153,49 @@ def test_a_run_with_an_expired_teacher_is_continued(broadcast: str, tmp_path: Pa
     assert again.student.heads == 3
     assert again.generator is not None
     assert load_student(tmp_path / "run").weights[GONE].tolist() == [0.0] * 10
+
+
+def test_the_app_writes_null_for_an_expired_teacher_and_its_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(
+        data={"train_size": 90}, clients={"augment": "none"}, server={"rounds": 2, "max_teacher_age": 0, "fraction_evaluate": 0.0, "node_wait": 0.2}
+    )
+    out, results = tmp_path / "run", list[Any]()
+    original = CDFKDStrategy.start
+    monkeypatch.setattr(CDFKDStrategy, "start", lambda *rest, **more: results.append(original(*rest, **more)))
+
+    def run(*, resume: bool) -> MemoryGrid:
+        grid = project_grid(config)
+
+        def edit(node: int, reply: Message) -> Message:
+            if reply.metadata.message_type == "train" and node == grid.node(GONE) and reply.metadata.group_id == "2":
+                raise RuntimeError("away")
+            return reply
+
+        grid.edit = edit
+        serve(grid, config, out, resume=resume)
+        return grid
+
+    finish, dying = SummaryWriter.finish, [True]
+
+    def killed(self: SummaryWriter, stopped_by: Any) -> None:
+        if dying:
+            raise Killed(dying.pop())
+        finish(self, stopped_by)
+
+    monkeypatch.setattr(SummaryWriter, "finish", killed)
+    with pytest.raises(Killed):
+        run(resume=False)
+    assert run(resume=True).log == []  # both rounds are over: they are read back
+    summary = read_summary(out)
+    assert summary["finished"]
+    for name in ("teachers", "student_heads"):
+        first, second = (record["accuracy"][name] for record in summary["rounds"])
+        assert None not in first
+        assert [value is None for value in second] == [False, True, False]
+        for result in results:
+            assert np.array_equal(result.evaluate_metrics_serverapp[2][name], [second[0], float("nan"), second[2]], equal_nan=True)
+    assert len(results) == 2
+    assert json.loads((out / "state.json").read_text())["rounds"][1]["evaluate_server"]["teachers"] == summary["rounds"][1]["accuracy"]["teachers"]
 
 
 def ensemble_with_an_expired_one() -> tuple[TeacherEnsemble, MultiHeaderStudent]:

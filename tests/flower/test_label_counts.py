@@ -12,11 +12,14 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.errors import TooFewTeachersError
+from cdfkd_strategy.flower import apps, payload
 from cdfkd_strategy.flower.apps import make_client_app, serve
+from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.flower.uploads import Upload
 from cdfkd_strategy.harness import count_weights
-from tests.flower.memory_grid import MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
+from cdfkd_strategy.local_training import initial_model
+from tests.flower.memory_grid import IMAGE, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
 COUNTS = [5, 0, 1, 2, 0, 0, 9, 0, 0, 3]
 
@@ -104,6 +107,19 @@ def test_a_node_can_refuse_to_disclose_them() -> None:
     strategy = serve(grid, config, None, resume=False)
     assert [spec.key for spec in strategy.teachers.specs] == ["0", "2"]  # type: ignore[union-attr]
     assert "label-counts are None" in strategy.rounds[0].quarantined["1"]
+
+
+@pytest.mark.parametrize("said", ["false", "true", 1, 0, ""])
+def test_consent_is_true_and_nothing_that_looks_like_it(said: Any) -> None:
+    config = tiny_config(server={"weights": "label_counts"})
+    grid = MemoryGrid([make_client_app()])
+    grid.nodes[grid.node(0)][1].node_config["label-counts"] = said
+    sent, initial = apps._for_clients(config, IMAGE, None), initial_model("lenet_bn", IMAGE, config.seed)
+    for kind, arrays in (("query.hello", None), ("train", to_record(initial.state_dict()))):
+        ids = grid.push_messages([Message(payload.request(arrays, sent, 1, keys=payload.Keys()), grid.node(0), kind)])
+        (reply,) = grid.pull_messages(ids)
+        assert reply.has_error(), "nothing is sent"
+        assert f"ConfigError: the node's configuration has label-counts={said!r}; accepted: true or false" in reply.error.reason  # type: ignore[operator]
 
 
 def _recording(put: list[Upload]) -> Any:

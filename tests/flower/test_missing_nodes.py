@@ -68,6 +68,28 @@ def test_teachers_that_may_be_used_again_need_no_node() -> None:
     assert {key: upload.round for key, upload in ((key, strategy.session.uploads[key]) for key in "012")} == {"0": 2, "1": 1, "2": 1}
 
 
+def test_a_client_counts_once_though_its_last_teacher_may_be_used_again(tmp_path: Path) -> None:
+    """Clients 0 and 1 have teachers of round 1, and 0 is there in round 2: with a new one of 0 that makes two, not three."""
+    told = r"round 2 would have 2 teachers at most \(clients 0, 1\), with 1 nodes connected; accepted: at least min_teachers=3; start more SuperNodes"
+    choices = {"run_dir": tmp_path, "expected_nodes": 3, "min_available_nodes": None, "fraction_evaluate": 0.0}
+    tiny_strategy(min_teachers=2, **choices).start(grid_without(2), num_rounds=1, timeout=5)
+    for _ in range(2):  # the second start finds what the first one found
+        grid = grid_without(1, 2)
+        with pytest.raises(TooFewTeachersError, match=told):
+            tiny_strategy(min_teachers=3, resume=True, **choices).start(grid, num_rounds=2, timeout=5)
+        assert grid.asked("train") == []
+    strategy = tiny_strategy(min_teachers=3, resume=True, **choices)
+    strategy.start(grid_without(1), num_rounds=2, timeout=5)
+    assert [spec.key for spec in strategy.teachers.specs] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+
+def test_clients_that_are_not_drawn_are_not_counted() -> None:
+    grid = grid_without()
+    with pytest.raises(TooFewTeachersError, match=r"2 teachers at most .* \(fraction_train is 0\.7, .* Every connected node takes part"):
+        tiny_strategy(min_teachers=3, fraction_train=0.7, identify=True).start(grid, num_rounds=1, timeout=5)
+    assert grid.asked("train") == []
+
+
 def test_a_run_of_the_app_goes_on_with_the_clients_that_are_there(tmp_path: Path) -> None:
     config = tiny_config(server={"node_wait": 0.2, "min_teachers": 2})
     grid = MemoryGrid([make_client_app(config)] * 3)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from PIL import Image
 
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.datasets import DataConfig, load_data
-from cdfkd_strategy.errors import ConfigError, DataError
+from cdfkd_strategy.errors import ConfigError, DataError, TooFewTeachersError
 from cdfkd_strategy.flower import apps, place
 from cdfkd_strategy.flower.apps import make_client_app, serve
+from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.simulation import simulate
 from cdfkd_strategy.harness import Harness
+from cdfkd_strategy.local_training import initial_model
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import ACCURACY_KEYS, read_summary
@@ -132,6 +135,67 @@ def test_who_has_which_images_must_be_clear() -> None:
     own = tiny_config(data={"partition": {"name": "own"}})
     assert "give data.image in the configuration of make_client_app" in refusal(own, {"data-path": "/data/mine.npz"}, config=own)
     assert refusal(deployment(), {"data-path": "/data/mine.npz"}) == ""
+
+
+def test_a_node_without_images_is_refused_with_its_reason_and_gets_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    config, paths = deployment(), write_sites(tmp_path)
+    grid = sites_grid(paths)
+    del grid.nodes[grid.node(1)][1].node_config["data-path"]
+    with pytest.raises(TooFewTeachersError, match=r"2 teachers at most \(clients 0, 2\), with 3 nodes connected.* this node names none; start the SuperNode"):
+        serve(grid, config, None, resume=False)
+    assert grid.asked("train") == []
+    fewer = dataclasses.replace(config, server=dataclasses.replace(config.server, min_teachers=2))
+    with caplog.at_level(logging.WARNING, "flwr"):
+        strategy = serve(grid, fewer, None, resume=False)
+    assert (grid.asked("train"), grid.asked("evaluate")) == ([0, 2], [0, 2])
+    reason = strategy.rounds[0].quarantined[str(grid.node(1))]
+    assert "this node names none; start the SuperNode with --node-config 'partition-id=0 data-path=" in reason
+    assert any(f"node {grid.node(1)} takes no part: {reason}" in record.message for record in caplog.records)
+
+
+def trained(config: RunConfig, arch: str, node_config: dict[str, Any]) -> RecordDict:
+    """What a client with this node configuration answers to the first train message."""
+    image = config.data.image
+    assert image is not None
+    app, start = make_client_app(), initial_model(arch, image, config.seed)
+    grid = MemoryGrid([app])
+    grid.nodes[grid.node(0)][1].node_config.update(node_config)
+    content = apps.payload.request(to_record(start.state_dict()), apps._for_clients(config, image, None), 1, keys=apps.payload.Keys())
+    (reply,) = grid.pull_messages(grid.push_messages([Message(content, grid.node(0), "train")]))
+    assert not reply.has_error(), reply.error.reason
+    return reply.content
+
+
+def test_a_node_may_name_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``data-name`` alone, of a built-in set or a file in ``CDFKD_DATA``; beside ``data-path`` it says what is there."""
+    (_, site, _), config = write_sites(tmp_path), deployment()
+    monkeypatch.setenv("CDFKD_DATA", str(tmp_path))
+    alone = trained(config, "lenet_bn", {"data-name": "site1"})
+    assert alone["metrics"]["num-examples"] == 60
+    for same in ({"data-path": str(site)}, {"data-name": "npz", "data-path": str(site)}, {"data-name": "site1", "data-path": str(tmp_path)}):
+        content = trained(config, "lenet_bn", same)
+        assert {name: array.data for name, array in content["arrays"].items()} == {name: array.data for name, array in alone["arrays"].items()}
+    digits = trained(config, "lenet_bn", {"data-name": "digits"})
+    assert digits["metrics"]["num-examples"] == len(load_data(DataConfig(), 0).x_train)
+    with pytest.raises(AssertionError, match=r"UnknownNameError: unknown data set 'sites'; accepted: .*site1"):
+        trained(config, "lenet_bn", {"data-name": "sites"})
+
+
+def test_a_client_trains_on_its_image_folder(tmp_path: Path) -> None:
+    """Two classes of the run's three, at another size: numbered by the run's names, resized to its images."""
+    names, rng = ("ant", "bee", "cat"), np.random.default_rng(0)
+    for name in ("cat", "bee"):
+        for index in range(10):
+            (tmp_path / "mine" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(tmp_path / "mine" / name / f"{index}.png")
+    config = deployment(image={"channels": 3, "height": 8, "width": 8, "num_classes": 3}, class_names=list(names), local_test=0.2)
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, weights="label_counts"))
+    content = trained(config, "lenet_bn", {"data-path": str(tmp_path / "mine"), "label-counts": True})
+    assert content["teacher"]["label-counts"] == [0, 8, 8]  # a folder without parts is split 80/20 per class
+    assert content["metrics"]["num-examples"] == 16
+    named = trained(config, "lenet_bn", {"data-name": "folder", "data-path": str(tmp_path / "mine"), "label-counts": True})
+    assert {name: array.data for name, array in named["arrays"].items()} == {name: array.data for name, array in content["arrays"].items()}
 
 
 def test_images_that_do_not_fit_are_quarantined_with_a_reason(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -14,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.engine import EngineConfig
@@ -28,7 +30,7 @@ from cdfkd_strategy.flower.uploads import Upload, Uploads
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.teachers import state_hash
-from tests.flower.memory_grid import FIRST_NODE, Killed, MemoryGrid, echo_app, tiny_strategy
+from tests.flower.memory_grid import FIRST_NODE, TINY, Killed, MemoryGrid, echo_app, tiny_strategy
 
 ROUNDS = 2
 APPS = [echo_app(teacher={"arch": "lenet"})] * 2 + [echo_app(teacher={"arch": "lenet_bn"})]
@@ -243,15 +245,6 @@ def edit_state(run_dir: Path, **values: Any) -> None:
     (run_dir / "state.json").write_text(json.dumps({key: value for key, value in {**state, **values}.items() if value is not ...}))
 
 
-def test_a_state_without_a_runtime_takes_the_one_of_its_checkpoint(tmp_path: Path) -> None:
-    start(tmp_path, engine=AUTO, rounds=1)
-    edit_state(tmp_path, runtime=...)
-    with seeding.threads(2):
-        strategy, _, _ = start(tmp_path, engine=AUTO, resume=True, rounds=2)
-    assert strategy.session.runtime.threads == 1
-    assert json.loads((tmp_path / "state.json").read_text())["runtime"] == {"device": strategy.session.runtime.device, "channels_last": True, "threads": 1}
-
-
 def test_a_run_whose_device_is_gone_says_so_before_it_asks_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     start(tmp_path, engine=AUTO, rounds=1)
@@ -266,11 +259,45 @@ def test_a_run_whose_device_is_gone_says_so_before_it_asks_anybody(tmp_path: Pat
     assert json.loads((tmp_path / "state.json").read_text())["runtime"]["device"] == "cpu"
 
 
-def test_a_broken_runtime_is_a_broken_state(tmp_path: Path) -> None:
-    start(tmp_path, rounds=1)
-    edit_state(tmp_path, runtime={"device": 3})
-    with pytest.raises(CheckpointError, match=r"state.json \(runtime.device is 3"):
-        start(tmp_path, resume=True, rounds=1)
+@pytest.mark.parametrize(
+    ("values", "message"), [({"runtime": {"device": 3}}, "runtime.device is 3"), ({"runtime": ...}, "'runtime'"), ({"tempo": 1}, ".*'tempo'")]
+)
+def test_a_broken_state_is_an_error(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    strategy = tiny_strategy(run_dir=tmp_path)
+    strategy.session.open(ArrayRecord(), ConfigRecord())
+    edit_state(tmp_path, **values)
+    with pytest.raises(CheckpointError, match=rf"state.json \({message}"):
+        tiny_strategy(run_dir=tmp_path, resume=True).session.open(ArrayRecord(), ConfigRecord())
+
+
+def test_metrics_that_are_not_numbers_come_back_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client or an evaluate_fn may report NaN, in a list too; strict JSON has none, and a MetricRecord has no null."""
+    nan = float("nan")
+
+    def aggregate(contents: list[RecordDict], key: str) -> MetricRecord:
+        return MetricRecord({"loss": nan, "list": [1.5, nan], "count": 3})
+
+    def begin(*, resume: bool) -> Any:
+        strategy = tiny_strategy(run_dir=tmp_path, resume=resume, train_metrics_aggr_fn=aggregate)
+        evaluate = MetricRecord({"teachers": [nan, 0.25], "mean": nan})
+        return strategy.start(MemoryGrid(APPS[:2]), num_rounds=1, timeout=5, evaluate_fn=lambda number, arrays: evaluate)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(session, "distil_round", killed)
+        with pytest.raises(Killed):
+            begin(resume=False)
+    for result in (begin(resume=True), begin(resume=True)):  # the second one reads the finished run back
+        train, evaluated = result.train_metrics_clientapp[1], result.evaluate_metrics_serverapp[1]
+        assert np.array_equal(train["list"], [1.5, nan], equal_nan=True)
+        assert math.isnan(train["loss"])
+        assert train["count"] == 3
+        assert np.array_equal(evaluated["teachers"], [nan, 0.25], equal_nan=True)
+        assert math.isnan(evaluated["mean"])
+    record = json.loads((tmp_path / "state.json").read_text())["rounds"][0]
+    assert (record["train"]["list"], record["evaluate_server"]["teachers"]) == ([1.5, None], [None, 0.25])
 
 
 def test_a_single_header_is_restored(tmp_path: Path, moments: Moments) -> None:
@@ -357,16 +384,23 @@ test_resume.start(Path(where), rounds=1)
 """
 
 
+DICE = random.Random(13)
+UPLOAD = DICE.randint(1, len(APPS))
+EPOCH = DICE.randint(1, TINY["epochs"])
+STAGE = DICE.choice(["evaluate_messages", "finish_round"])
+STEPS = TINY["iterations"] * TINY["student_steps"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "owner", "name", "count", "asked"),
     [
-        ("cdfkd_strategy.flower.uploads", "Uploads", "put", 3, [2]),
-        ("cdfkd_strategy.methods.cdfkd_mfs", "CDFKDMFS", "_student_step", 3, []),
-        ("cdfkd_strategy.flower.session", "Session", "finish_round", 1, []),
+        pytest.param("cdfkd_strategy.flower.uploads", "Uploads", "put", UPLOAD, list(range(UPLOAD - 1, len(APPS))), id="during uploads"),
+        pytest.param("cdfkd_strategy.methods.cdfkd_mfs", "CDFKDMFS", "_student_step", EPOCH * STEPS, [], id="mid-epoch"),  # the epoch's last step
+        pytest.param("cdfkd_strategy.flower.session", "Session", STAGE, 1, [], id="between distillation and evaluation"),
     ],
 )
-def test_sigkill(module: str, owner: str, name: str, count: int, asked: list[int], repository: Path, tmp_path: Path) -> None:
+def test_sigkill_at_seeded_moments(module: str, owner: str, name: str, count: int, asked: list[int], repository: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), module, owner, name, str(count)]
     died = subprocess.run(command, cwd=repository, env=os.environ | {"PYTHONPATH": str(repository)}, capture_output=True, text=True, timeout=120, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from cdfkd_strategy.errors import UploadError
 from cdfkd_strategy.flower.averages import attention_from, attention_parameters, mean_attention, mean_metrics
@@ -53,11 +54,25 @@ def test_a_client_is_known_by_its_partition_and_keeps_its_key() -> None:
     assert roster.unknown([77, 78]) == [77]
 
 
-def test_hello_replies() -> None:
+def test_who_does_not_know_the_question_is_a_client_and_who_fails_at_it_is_refused() -> None:
     roster = Roster(10)
-    question = Message(RecordDict(), dst_node_id=5, message_type="query.hello")
-    roster.hear(5, Message(Error(2, "no such handler"), reply_to=question))
-    assert roster.clients([5]) == [Client(5, "5")]
+
+    def answer(node: int, code: int, reason: str) -> None:
+        roster.hear(node, Message(Error(code, reason), reply_to=Message(RecordDict(), dst_node_id=node, message_type="query.hello")))
+
+    with pytest.raises(ValueError, match="hello") as unknown:
+        ClientApp()(Message(RecordDict(), dst_node_id=5, message_type="query.hello"), Context(1, 5, {}, RecordDict(), {}))
+    answer(5, 2, f"<class 'ValueError'>:<'{unknown.value}'>")  # as a SuperNode says it
+    answer(6, 2, f"<class 'ClientAppException'>:<'\nException ClientAppException occurred. Message: {unknown.value}'>")  # as the simulation says it
+    answer(7, 2, "<class 'ConfigError'>:<'this node names no images; start the SuperNode with data-path'>")
+    answer(8, 1, "An exception was raised when attempting to load `ClientApp`")
+    answer(9, 5, "Node Unavailable")
+    assert roster.clients(range(5, 10)) == [Client(5, "5"), Client(6, "6")]
+    refused = roster.refused(range(5, 10))
+    assert list(refused) == ["7", "8"]
+    assert "could not say who it is (code 2)" in refused["7"]
+    assert "start the SuperNode with data-path" in refused["7"]
+    assert roster.unknown(range(5, 10)) == [9]  # it is asked again
 
 
 def test_sampling_is_seeded_and_depends_on_keys_only() -> None:
