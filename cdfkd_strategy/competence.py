@@ -67,12 +67,18 @@ def _width(module: nn.Module) -> int | None:
     return None
 
 
-@COMPETENCE.register("row_norm")
 @torch.no_grad()
-def row_norm_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
-    """``||W_c||^4`` of the last linear layer, in float64: the fourth power of absurd weights overflows in float32."""
+def row_norms(net: nn.Module) -> Tensor | None:
+    """``||W_c||`` of the last linear layer ``[C]``, in float64: powers of absurd weights overflow in float32. None without such a layer."""
     linear = final_linear(net)
-    return None if linear is None else torch.linalg.vector_norm(linear.weight.double().cpu(), dim=1) ** 4
+    return None if linear is None else torch.linalg.vector_norm(linear.weight.double().cpu(), dim=1)
+
+
+@COMPETENCE.register("row_norm")
+def row_norm_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:  # noqa: ARG001 - one signature for all
+    """``||W_c||^4`` of the last linear layer."""
+    rows = row_norms(net)
+    return None if rows is None else rows**4
 
 
 @COMPETENCE.register("uniform")
@@ -84,11 +90,11 @@ def uniform_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor 
 @COMPETENCE.register("auto")
 def auto_score(net: nn.Module, samples: int, rng: torch.Generator) -> Tensor | None:
     """``sqrt(N_k F_kc) ||W_c||``; where no normalisation layer fits, ``F_kc`` is the row norms' share, ``||W_c||^4 / sum_c ||W_c||^4``."""
-    rows, features = row_norm_score(net, samples, rng), norm_feature_score(net, samples, rng)
+    rows, features = row_norms(net), norm_feature_score(net, samples, rng)
     if rows is None:
         return None
-    frequencies = rows / rows.sum() if features is None else features.to(rows)
-    return (samples * frequencies).sqrt() * rows**0.25
+    frequencies = rows**4 / (rows**4).sum() if features is None else features.to(rows)
+    return (samples * frequencies).sqrt() * rows
 
 
 def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, name: str = "auto") -> Tensor:

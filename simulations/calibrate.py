@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.competence import norm_feature_score, row_norm_score
+from cdfkd_strategy.competence import norm_feature_score, row_norms
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.harness import count_weights
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
@@ -85,7 +85,7 @@ def competence_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[s
         ensemble = TeacherEnsemble(found.models, image=found.image, specs=found.specs)
         logits = predict(ensemble, data.x_test, data.image)
         rng = seeding.generator("competence", seed)
-        rows = torch.stack([row for net in ensemble.nets if (row := row_norm_score(net, 1, rng)) is not None]).double() ** 0.25
+        rows = torch.stack([row for net in ensemble.nets if (row := row_norms(net)) is not None])
         scores = [norm_feature_score(net, 1, rng) for net in ensemble.nets]
         uniform = torch.full((data.image.num_classes,), 1 / data.image.num_classes)
         features = torch.stack([uniform if score is None else score for score in scores]).double().clamp_min(1e-30)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import EngineConfig, distill
 from cdfkd_strategy.errors import CheckpointError, NeedsError
 from cdfkd_strategy.teachers import state_hash
-from cdfkd_strategy.types import Extras, Metrics, Needs
+from cdfkd_strategy.types import Extras, Needs
+from tests.methods.remembering import Nothing, Remembering
 from tests.methods.trained_teachers import tiny_student, trained_ensemble
 
 COUNTS = torch.tensor([[3, 0, 1, 2, 0, 0, 9, 0, 0, 3], [0, 5, 1, 2, 0, 4, 0, 0, 7, 3]])
@@ -21,30 +22,9 @@ ALL = Extras(label_counts=COUNTS, proxy_data=torch.zeros(4, 1, 8, 8), aggregated
 NAMES = ("label_counts", "proxy_data", "aggregated_weights")
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """No settings."""
-
-
-class Watching(Distiller):
-    """Trains nothing, and remembers what it was given."""
-
-    name = "watching"
-    Config = Nothing
-    seen: list[Extras] = []  # noqa: RUF012 - shared on purpose
-
-    @property
-    def num_epochs(self) -> int:
-        return 1
-
-    def run_epoch(self, epoch: int) -> Metrics:
-        Watching.seen.append(self.extras)
-        return {"epoch": float(epoch)}
-
-
 def declaring(*names: str) -> type[Distiller]:
-    Watching.seen.clear()
-    return type("Declaring", (Watching,), {"needs": Needs(**dict.fromkeys(names, True))})
+    Remembering.seen.clear()
+    return type("Declaring", (Remembering,), {"needs": Needs(**dict.fromkeys(names, True))})
 
 
 def run(method: type[Distiller], extras: Extras | None, **options: Any) -> None:
@@ -56,9 +36,9 @@ def test_what_is_declared_and_not_there_is_refused_before_anything_happens(name:
     student = tiny_student(2)
     before = state_hash(student.state_dict())
     for extras in (None, replace(ALL, **{name: None})):
-        with pytest.raises(NeedsError, match=rf"'watching' needs {Needs.words(name)}, which this run does not have; .*Extras\({name}=\.\.\.\)"):
+        with pytest.raises(NeedsError, match=rf"'remembering' needs {Needs.words(name)}, which this run does not have; .*Extras\({name}=\.\.\.\)"):
             run(declaring(name), extras, student=student, out=tmp_path / "run")
-    assert not Watching.seen
+    assert not Remembering.seen
     assert state_hash(student.state_dict()) == before
     assert not (tmp_path / "run").exists()
 
@@ -66,7 +46,7 @@ def test_what_is_declared_and_not_there_is_refused_before_anything_happens(name:
 def test_a_method_gets_what_it_declared_and_nothing_else() -> None:
     for names in ((), *((name,) for name in NAMES), NAMES):
         run(declaring(*names), ALL)
-        (given,) = Watching.seen
+        (given,) = Remembering.seen
         assert {name: getattr(given, name) for name in NAMES} == {name: getattr(ALL, name) if name in names else None for name in NAMES}
 
 
@@ -83,6 +63,6 @@ def test_extras_are_part_of_a_runs_identity_and_are_not_in_its_checkpoint(tmp_pa
     run(method, ALL, out=tmp_path)
     assert b"label_counts" not in (tmp_path / "checkpoint" / "state.safetensors").read_bytes()
     run(method, ALL, out=tmp_path, resume=True)
-    assert len(Watching.seen) == 1, "the finished run is read back"
+    assert len(Remembering.seen) == 1, "the finished run is read back"
     with pytest.raises(CheckpointError, match="another extras"):
         run(method, replace(ALL, label_counts=COUNTS + 1), out=tmp_path, resume=True)

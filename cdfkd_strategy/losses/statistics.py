@@ -30,8 +30,8 @@ def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
 def _moments_about(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance ``[C]`` and mean minus ``centre`` ``[C]`` over all but the channels.
 
-    Channels-last maps are summed by a matrix product: torch's ``var_mean`` takes four times as long on them. Values are
-    first centred, because ``E[v^2] - E[v]^2`` loses the digits of a mean far from zero.
+    Channels-last maps are summed by a matrix product, since torch's ``var_mean`` is slow on them. Values are first centred,
+    because ``E[v^2] - E[v]^2`` loses the digits of a mean far from zero.
     """
     if values.is_contiguous():
         variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)

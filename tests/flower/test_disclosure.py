@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,13 @@ from flwr.app import Message, RecordDict
 from cdfkd_strategy import cli
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import load_data
-from cdfkd_strategy.distiller import METHODS, Distiller
+from cdfkd_strategy.distiller import METHODS
 from cdfkd_strategy.flower.apps import serve
 from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, LATER, OPTED_IN
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
-from cdfkd_strategy.types import Extras, Metrics, Needs
+from cdfkd_strategy.types import Needs
 from tests.flower.memory_grid import project_grid, tiny_config, tiny_strategy
+from tests.methods.remembering import Remembering
 
 PARTS = (
     *("all weights", "BatchNorm running statistics", "number of training examples", "architecture name", "partition id"),
@@ -105,39 +105,18 @@ def test_the_strategy_lists_the_same() -> None:
     assert any("the method needs: BatchNorm running statistics" in line for line in tiny_strategy(method="deep_inversion", method_config=None).disclosures)
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """No settings."""
-
-
-class Counting(Distiller):
-    """Trains nothing, and remembers what came."""
-
-    name = "counting"
-    Config = Nothing
-    seen: list[Extras] = []  # noqa: RUF012 - shared on purpose
-
-    @property
-    def num_epochs(self) -> int:
-        return 1
-
-    def run_epoch(self, epoch: int) -> Metrics:
-        Counting.seen.append(self.extras)
-        return {"epoch": float(epoch)}
-
-
 @pytest.mark.parametrize("declares", [True, False])
 def test_disclosed_counts_reach_a_method_that_declares_them(declares: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Counting.seen.clear()
-    monkeypatch.setattr(Counting, "needs", Needs(label_counts=declares))
-    monkeypatch.setattr(METHODS, "_entries", {**METHODS._entries, "counting": Counting})
-    config = dataclasses.replace(tiny_config(server={"weights": "label_counts", "node_wait": 0.2}), method={"name": "counting"})
+    Remembering.seen.clear()
+    monkeypatch.setattr(Remembering, "needs", Needs(label_counts=declares))
+    monkeypatch.setattr(METHODS, "_entries", {**METHODS._entries, "remembering": Remembering})
+    config = dataclasses.replace(tiny_config(server={"weights": "label_counts", "node_wait": 0.2}), method={"name": "remembering"})
     serve(project_grid(config), config, tmp_path, resume=False)
     truth = torch.as_tensor(train_label_counts(load_data(config.data, config.seed), config.data, 3, config.seed))
-    assert Counting.seen
-    for extras in Counting.seen:
+    assert Remembering.seen
+    for extras in Remembering.seen:
         assert (extras.label_counts is not None) == declares
         assert extras.label_counts is None or torch.equal(extras.label_counts, truth)
-    trained = len(Counting.seen)
+    trained = len(Remembering.seen)
     serve(project_grid(config), config, tmp_path, resume=True)
-    assert len(Counting.seen) == trained, "a finished run is read back, with the same extras"
+    assert len(Remembering.seen) == trained, "a finished run is read back, with the same extras"
