@@ -6,6 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SEEDS  ?= 0 1 2
+TEST_PROCESSES ?= 2
 NOW    := $(shell date +%Y%m%d-%H%M%S)
 OUT    ?=
 
@@ -40,7 +41,7 @@ demo-mixed: $(STAMP)
 	$(BIN)/cdfkd run digits_mixed --out $(or $(OUT),runs/demo-mixed-$(NOW))
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -105,7 +105,7 @@ class CDFKDMFSConfig:
     def toy(cls) -> CDFKDMFSConfig:
         """The smallest setting that runs every stage."""
         return cls(
-            epochs=2, iterations=8, student_steps=3, batch_size=32, schedule="cosine", student_lr=0.05, generator=GeneratorConfig(latent_dim=16, width=0.25)
+            epochs=2, iterations=4, student_steps=3, batch_size=32, schedule="cosine", student_lr=0.05, generator=GeneratorConfig(latent_dim=16, width=0.25)
         )
 
 
