@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -80,8 +81,10 @@ def test_the_installed_command_runs_from_an_empty_directory(cdfkd: Path, tmp_pat
 def test_flower_bundles_the_app(tmp_path: Path) -> None:
     """`flwr build` takes sources and configurations, and nothing that is large or private."""
     flwr = Path(sys.executable).with_name("flwr")
-    checkout = tmp_path / "app"  # Flower refuses some names of the folder, and a checkout may have any
-    checkout.symlink_to(REPOSITORY)
+    checkout = tmp_path / "app"  # a copy, because Flower refuses some names of the folder, and a checkout may have any
+    shutil.copytree(REPOSITORY, checkout, ignore=shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", "runs", "dist", "build"))
+    (checkout / "runs").mkdir()
+    (checkout / "runs" / "private.npz").write_bytes(b"images")
     call([flwr, "build", "--app", checkout], tmp_path)
     (bundle,) = tmp_path.glob("*.fab")
     held = set(zipfile.ZipFile(bundle).namelist())
