@@ -93,11 +93,12 @@ class Federation:
     def _environment(self, name: str) -> dict[str, str]:
         return environment_of(self.folder / "homes" / name) | {"CDFKD_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def start(self, name: str, program: str, *arguments: str) -> None:
+    def start(self, name: str, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self.folder / "logs" / f"{name}.log").open("w") as log:
             command = [str(PROGRAMS / program), *arguments]
             process = subprocess.Popen(command, cwd=self.folder / "empty", env=self._environment(name), stdout=log, stderr=subprocess.STDOUT)
         self.processes.append(process)
+        return process
 
     def end(self) -> None:
         assert end_all(self.folder / "homes") == []
@@ -110,11 +111,11 @@ class Federation:
         switches = ("--enable-supernode-auth", "--disable-runtime-dependency-installation", f"--port={self.port}")
         self.start("superlink", "flower-superlink", *certificates, *switches)
 
-    def supernode(self, site: int) -> None:
+    def supernode(self, site: int) -> subprocess.Popen[bytes]:
         mine = self.folder / f"site{site}"
         config = f'partition-id={site} num-partitions={SITES} data-path="{mine}.npz"'
         options = (f"--root-certificates={self.folder / 'ca.crt'}", f"--superlink=127.0.0.1:{self.port}", f"--auth-supernode-private-key={mine}")
-        self.start(f"site{site}", "flower-supernode", *options, f"--port={free_port()}", "--node-config", config)
+        return self.start(f"site{site}", "flower-supernode", *options, f"--port={free_port()}", "--node-config", config)
 
     def flwr(self, *arguments: str, attempts: int = 1) -> str:
         """What `flwr` prints; a SuperLink that is starting refuses the first attempts."""
@@ -148,6 +149,8 @@ def test_supernodes_with_their_own_images_and_a_server_without_any(federation: F
         write_site(tmp_path, site)
         federation.flwr("supernode", "register", str(tmp_path / f"site{site}.pub"), "tls", attempts=60)
         federation.supernode(site)
+    write_site(tmp_path, SITES)  # a key that nobody registered
+    stranger = federation.supernode(SITES)
     log = federation.flwr("run", str(repository), "tls", "--stream", "--run-config", f'config="{tmp_path / "run.yaml"}" out="{out}"')
     runs = json.loads(federation.flwr("list", "tls", "--format", "json"))["runs"]
     assert [run["status"] for run in runs] == ["finished:completed"], log + federation.logs()
@@ -159,6 +162,8 @@ def test_supernodes_with_their_own_images_and_a_server_without_any(federation: F
     assert record["bytes"]["up"] > 0
     student = load_student(out)
     assert (student.student.heads, student.image.num_classes, student.image.mean) == (SITES, 10, (0.3,))
+    assert stranger.wait(timeout=60) != 0, federation.logs()
+    assert sorted(path.stem for path in (out / "uploads").glob("*.json")) == [str(site) for site in range(SITES)]
     uploads = [json.loads((out / "uploads" / f"{site}.json").read_text()) for site in range(SITES)]
     for site, upload in enumerate(uploads):
         with np.load(tmp_path / f"site{site}.npz") as images:
