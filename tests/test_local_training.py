@@ -75,9 +75,15 @@ def reference(config: ClientsConfig, images: ClientShare, student: FusedStudent 
             loss = loss + config.fedprox_mu / 2 * sum((p - q).square().sum() for p, q in zip(model.parameters(), received, strict=True))
             if student is not None:
                 temperature = config.student_temperature
-                target = (student(pixels) / temperature).softmax(1).detach()
-                ours = (logits / temperature).softmax(1)
-                loss = loss + config.student_weight * temperature**2 * (target * (target / ours).log()).sum(1).mean()
+                target = (student(pixels) / temperature).detach().exp()
+                ours = (logits / temperature).exp()
+                kl = torch.zeros(())
+                for mine, theirs, label in zip(ours, target, images.y_train[batch].tolist(), strict=True):
+                    classes = [c for c in range(IMAGE.num_classes) if config.student_term == "all" or c != label]
+                    for c in classes:
+                        q, p = theirs[c] / theirs[classes].sum(), mine[c] / mine[classes].sum()
+                        kl = kl + q * (q / p).log() / len(batch)
+                loss = loss + config.student_weight * temperature**2 * kl
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -87,7 +93,13 @@ def reference(config: ClientsConfig, images: ClientShare, student: FusedStudent 
 
 @pytest.mark.parametrize(
     ("terms", "with_student"),
-    [({}, False), ({"fedprox_mu": 0.5}, False), ({"student_weight": 0.7, "student_temperature": 2.0}, True), ({"fedprox_mu": 0.3}, True)],
+    [
+        ({}, False),
+        ({"fedprox_mu": 0.5}, False),
+        ({"student_weight": 0.7, "student_temperature": 2.0}, True),
+        ({"student_weight": 0.7, "student_temperature": 2.0, "student_term": "all"}, True),
+        ({"fedprox_mu": 0.3}, True),
+    ],
 )
 def test_training_is_what_the_formulas_say(terms: dict[str, float], with_student: bool) -> None:
     config = ClientsConfig(epochs=2, batch_size=16, lr=0.05, **terms)  # type: ignore[arg-type]
@@ -107,6 +119,7 @@ def test_every_term_changes_the_result() -> None:
         ({"fedprox_mu": 0.5}, None),
         ({}, student),
         ({"student_temperature": 3.0}, student),
+        ({"student_term": "all"}, student),
         ({"schedule": "constant"}, None),
         ({"augment": "shift"}, None),
         ({"augment": "flip"}, None),

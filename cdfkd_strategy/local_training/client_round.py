@@ -35,6 +35,9 @@ class ClientsConfig:
         augment: ``shift`` (random crop after zero padding by an eighth of the side), ``flip`` (horizontal), both, or none.
         fedprox_mu: weight of FedProx's ``mu/2 ||w - w_received||^2`` (arXiv:1812.06127, eq. 2); 0 is off.
         student_weight: weight of ``T^2 KL(student || teacher)`` on the client's images once a student was broadcast; 0 is off.
+        student_term: classes of that KL: ``not_true`` leaves out each image's own label on both sides (FedNTD,
+            arXiv:2106.03097), so that the student cannot teach what the client knows better; with two classes nothing is
+            left of it. ``all`` is plain distillation, which loses accuracy over the rounds (`simulations/LOG.md`).
         student_temperature: ``T`` of that term.
         attention_samples: own images on which a client fits the attention over heads, at most.
         num_cpus: what Flower's simulation reserves for a client; training itself always uses one thread.
@@ -54,6 +57,7 @@ class ClientsConfig:
     augment: Literal["none", "shift", "flip", "crop_flip"] = "none"
     fedprox_mu: float = 0.0
     student_weight: float = 1.0
+    student_term: Literal["not_true", "all"] = "not_true"
     student_temperature: float = 1.0
     attention_samples: int = 300
     num_cpus: int = 1
@@ -162,7 +166,7 @@ class _Run:
         loss = F.cross_entropy(logits, labels)
         terms = {"loss": loss.detach(), "accuracy": (logits.detach().argmax(1) == labels).float().mean()}
         if self.student is not None:
-            terms["student_kl"] = self._distance(logits, images)
+            terms["student_kl"] = self._distance(logits, images, labels)
             loss = loss + self.config.student_weight * terms["student_kl"]
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -173,13 +177,16 @@ class _Run:
         self.step += 1
         return {name: float(value.detach()) for name, value in terms.items()}
 
-    def _distance(self, logits: Tensor, images: Tensor) -> Tensor:
-        """``T^2 KL(student || teacher)``, batch mean in nats; the student is the target."""
+    def _distance(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """``T^2 KL(student || teacher)`` over all classes or those that are not the label, batch mean in nats; the student is the target."""
         assert self.student is not None
-        temperature = self.config.student_temperature
         with torch.no_grad():
-            target = F.log_softmax(self.student(images) / temperature, dim=1)
-        return F.kl_div(F.log_softmax(logits / temperature, dim=1), target, reduction="batchmean", log_target=True) * temperature**2
+            target = self.student(images)
+        if self.config.student_term == "not_true":
+            logits, target = not_true(logits, labels), not_true(target, labels)
+        temperature = self.config.student_temperature
+        ours, theirs = (F.log_softmax(given / temperature, dim=1) for given in (logits, target))
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
     def _pull(self) -> None:
         """Add the gradient of FedProx's term, ``mu (w - w_received)``; without the term nothing was kept to pull to."""
@@ -191,6 +198,12 @@ class _Run:
         if self.config.schedule == "constant":
             return self.config.lr
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.total_steps))
+
+
+def not_true(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits ``[B, C]`` without each image's label: ``[B, C - 1]``."""
+    keep = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    return logits[keep].view(len(logits), -1)
 
 
 def augmentation(name: str, image: ImageSpec) -> Callable[[Tensor], Tensor]:
