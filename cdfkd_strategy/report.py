@@ -61,7 +61,10 @@ def markdown_report(summaries: Sequence[Summary]) -> str:
 
 
 def study_table(summaries: Sequence[Summary], study: str) -> str:
-    """A study as Markdown: a row per cell, the mean and standard deviation over seeds of the last round, and where it was measured."""
+    """A study as Markdown: a row per cell, the mean and standard deviation over seeds of the last round, and where it was measured.
+
+    Cells of several rounds have a row in a second table: the merged student after every round.
+    """
     mine = [item for item in summaries if item["study"] == study]
     if not mine:
         return "No results of this study are committed yet.\n"
@@ -79,7 +82,22 @@ def study_table(summaries: Sequence[Summary], study: str) -> str:
     opted = dict.fromkeys(item["cell"] for item in mine if discloses_counts(item))
     if opted:
         note += f" In {', '.join(opted)} clients disclosed their label counts, and the weights called estimated come from them."
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", note, "", *_after_each_round(cells)])
+
+
+def _after_each_round(cells: Mapping[str, Sequence[Summary]]) -> list[str]:
+    """The merged student of the cells of several rounds, a column per round; no lines if there is no such cell."""
+    several = {cell: runs for cell, runs in cells.items() if max(len(run["rounds"]) for run in runs) > 1}
+    if not several:
+        return []
+    last = max(len(run["rounds"]) for runs in several.values() for run in runs)
+    head = ["merged student of", *(f"round {number}" for number in range(1, last + 1))]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for cell, runs in several.items():
+        found = [{record["round"]: record["accuracy"]["student_merged"] for record in run["rounds"]} for run in runs]
+        values = [spread([accuracy.get(number) for accuracy in found]) for number in range(1, last + 1)]
+        lines.append(f"| {' | '.join([cell, *values])} |")
+    return [*lines, ""]
 
 
 def _row(cell: str, runs: Sequence[Summary]) -> list[str]:

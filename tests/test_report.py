@@ -45,6 +45,20 @@ def test_a_cell_is_the_mean_and_deviation_of_the_last_round(results: Path) -> No
     assert " cores" in table
 
 
+def test_cells_of_several_rounds_show_every_round(results: Path) -> None:
+    run(results / "s" / "c-seed0", "c", 0, 0.8, student_merged=None)
+    lines = study_table(find_results(results), "s").splitlines()
+    below = lines[lines.index("| merged student of | round 1 | round 2 |") :]
+    assert below[2:5] == [f"| a | 10.0 ± 0.0 | 55.0 ± {statistics.stdev([50.0, 60.0]):.1f} |", "| b | 10.0 | 70.0 |", "| c | - | - |"]
+
+
+def test_one_round_needs_no_second_table(tmp_path: Path) -> None:
+    writer = SummaryWriter(tmp_path / "d-seed0", from_values({"study": "s", "cell": "d"}))
+    writer.round(1, {"student_merged": 0.5, "teachers": [0.2]}, seconds={"distill": 1.0}, runtime={"device": "cpu"})
+    writer.finish("schedule")
+    assert "round 1" not in study_table(find_results(tmp_path), "s")
+
+
 def test_a_missing_value_in_one_seed_leaves_no_mean() -> None:
     assert spread([0.5, None]) == "-"
     assert spread([None]) == "-"
