@@ -23,7 +23,7 @@ from cdfkd_strategy.local_training import ClientsConfig, initial_model, train_al
 from cdfkd_strategy.local_training.client_round import augmentation, cut_batches
 from cdfkd_strategy.models.head_fusion import FusedStudent
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
-from cdfkd_strategy.seeding import generator, seeded_scope
+from cdfkd_strategy.seeding import generator, seeded_scope, threads
 from cdfkd_strategy.teachers import state_hash
 from cdfkd_strategy.types import ImageSpec
 
@@ -151,6 +151,17 @@ def test_the_student_is_left_as_it_was() -> None:
     trained(ClientsConfig(epochs=1), student=student)
     assert state_hash(student.state_dict()) == before
     assert all(parameter.grad is None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize(("augment", "times"), [("none", 1), ("flip", 3)])
+def test_images_that_do_not_change_are_shown_to_the_student_once(augment: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = FusedStudent.forward
+    monkeypatch.setattr(FusedStudent, "forward", lambda self, images: seen.append((len(images), torch.get_num_threads())) or forward(self, images))
+    with threads(2):
+        trained(ClientsConfig(epochs=3, batch_size=16, augment=augment), student=fused_student())  # type: ignore[arg-type]
+    assert sum(count for count, _ in seen) == 50 * times
+    assert {used for _, used in seen} == {1}, "the same bits in every process"
 
 
 def test_seed_client_and_round_decide_and_nothing_else() -> None:
