@@ -11,6 +11,7 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.head_fusion import fuse
+from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.types import Metrics
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,11 @@ class CollapseWatch:
         images = distiller.sample(self._count, seeding.generator("watch", self._seed, epoch))
         if images is None:
             return {}
-        was_training = distiller.student.training
-        distiller.student.eval()
-        teachers = distiller.teachers.observe(images)
-        student = distiller.student(images).logits
-        distiller.student.train(was_training)
-        weights = distiller.teachers.weights
+        teachers, weights = distiller.teachers.observe(images), distiller.teachers.weights
+        with evaluating(distiller.student):
+            student = distiller.student(images).logits
         target = fuse(teachers.logits, weights)
-        mine = fuse(student, weights if len(student) == len(weights) else torch.ones(len(student)))
+        mine = fuse(student, weights if len(student) == len(weights) else torch.ones_like(weights[:1]))
         classes = target.exp().mean(0)
         found = {
             "watch/student_teacher_l1": float((mine.exp() - target.exp()).abs().sum(-1).mean()),
@@ -66,16 +64,18 @@ class CollapseWatch:
 
     def _warn(self, epoch: int, distance: float, entropy: float, most: float) -> None:
         if entropy < MIN_ENTROPY * most:
-            message = (
-                "epoch %d: the synthetic batch covers few classes (entropy %.2f of %.2f nats): raise the class-balance weight or lower method.generator_lr"
-            )
-            self._once("entropy", message, epoch + 1, entropy, most)
+            message = "epoch %d: the synthetic batch covers few classes (entropy %.2f of %.2f nats): %s"
+            self._once("entropy", message, epoch + 1, entropy, most, self._advice(balance_weight="raise", generator_lr="lower"))
         if epoch > 0 and distance > MAX_GROWTH * max(self._smallest, 0.05):
-            message = "epoch %d: the student falls behind the generator (distance %.2f, was %.2f): lower method.generator_lr, or raise method.student_steps"
-            self._once("distance", message, epoch + 1, distance, self._smallest)
+            message = "epoch %d: the student falls behind the synthetic images (distance %.2f, was %.2f): %s"
+            self._once("distance", message, epoch + 1, distance, self._smallest, self._advice(generator_lr="lower", student_steps="raise"))
         self._smallest = min(self._smallest, distance)
 
-    def _once(self, kind: str, message: str, *values: float) -> None:
+    def _advice(self, **changes: str) -> str:
+        """What to change, of the settings that this method has."""
+        return " or ".join(f"{what} method.{name}" for name, what in changes.items() if hasattr(self._distiller.config, name)) or "change the method's settings"
+
+    def _once(self, kind: str, message: str, *values: float | str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message, *values)

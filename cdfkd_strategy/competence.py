@@ -6,6 +6,7 @@ asking is a disclosure). Two traces of the label distribution are already in the
 - ``norm_features``: features drawn from the affine parameters of the last normalisation layer, a Gaussian with mean
   ``beta`` and standard deviation ``|gamma|``, through ReLU and the last linear layer; the mean softmax ``F_kc`` is close
   to the class frequencies the teacher was trained on.
+  Of a residual network, whose features are a sum, it sees the branch of that layer alone (the shortcut's, in ResNet-8).
 - ``row_norm``: the classifier rows of classes that a teacher has seen more often are longer: ``||W_c||^4``.
 
 ``auto`` is ``sqrt(N_k F_kc) ||W_c||``: with the number of samples ``N_k`` that every Flower reply carries, ``N_k F_kc`` is
@@ -117,10 +118,11 @@ def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, 
     score_of = COMPETENCE[name]
     counts = [spec.num_samples for spec in teachers.specs]
     scores = [score_of(net, count if min(counts) > 0 else 1, rng) for net, count in zip(teachers.nets, counts, strict=True)]
-    lacking = [spec.key for spec, score in zip(teachers.specs, scores, strict=True) if score is None]
+    lacking = [spec.key for spec, score in zip(teachers.specs, scores, strict=True) if score is None or score.numel() not in (1, image.num_classes)]
     if lacking:
         raise NeedsError(
-            f"competence estimate {name!r} does not work for teachers {', '.join(lacking)}; use weights 'uniform', or networks that end in a linear layer"
+            f"competence estimate {name!r} does not work for teachers {', '.join(lacking)}; use weights 'uniform', "
+            "or networks that end in a linear layer with one output per class"
         )
     table = torch.stack([score.expand(image.num_classes) for score in scores if score is not None])
     return class_weights(table.clamp_min(torch.finfo(table.dtype).tiny), len(teachers), image.num_classes).float()

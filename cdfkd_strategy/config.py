@@ -1,9 +1,8 @@
-"""Frozen dataclasses <-> plain mappings: bind, override, dump, fingerprint. An unknown key is an error that lists the accepted ones."""
+"""Frozen dataclasses <-> plain mappings: bind, override, dump. An unknown key is an error that lists the accepted ones."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import types
 import typing
@@ -147,8 +146,3 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
         except yaml.YAMLError as error:
             raise ConfigError(f"override {item!r}: {text!r} is not YAML; quote it, as in name='\"...\"'") from error
     return dict(result)
-
-
-def fingerprint(config: Any) -> str:
-    """SHA-256 of the resolved configuration: two runs with the same one are the same experiment."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()

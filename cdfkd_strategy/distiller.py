@@ -23,7 +23,7 @@ class Distiller(ABC):
     A method owns its loops: ``run_epoch`` makes all generator and student steps of one epoch. Everything it keeps
     between epochs is an attribute set in ``__init__``: modules, optimisers, schedulers, pools (anything with
     ``state_dict``/``load_state_dict``), tensors, numbers and `torch.Generator` objects are saved and restored by name,
-    so that a run resumed at any epoch boundary continues exactly.
+    so that a run resumed at any epoch boundary continues exactly. A list, dict or set that is not empty is an error.
 
     Args:
         teachers: the frozen ensemble, already on the runtime's device.
@@ -122,6 +122,11 @@ class Distiller(ABC):
         for name, value in vars(self).items():
             if name in constant or dataclasses.is_dataclass(value):
                 continue
+            if isinstance(value, list | dict | set) and value:
+                raise CheckpointError(
+                    f"method {self.name!r} keeps a {type(value).__name__} in {name!r}, which a checkpoint would lose; accepted: tensors, numbers, "
+                    "and what has a state_dict (nn.ModuleList, nn.ModuleDict), under attributes of their own"
+                )
             if hasattr(value, "state_dict") or isinstance(value, Tensor | torch.Generator | bool | int | float):
                 kept[name] = value
         return kept

@@ -19,6 +19,7 @@ from cdfkd_strategy.data.datasets import ImageData
 from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
 from cdfkd_strategy.models.head_fusion import HeadAttention, class_weights, fuse, weighted
+from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.run_config import RunConfig
 from cdfkd_strategy.summary import no_accuracy
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -127,12 +128,8 @@ class Harness:
 
     def _student_logits(self, student: nn.Module, pixels: Tensor) -> Tensor:
         assert self.data is not None
-        modes = [part for part in student.modules() if part.training]
-        student.eval()
-        logits = predict(lambda images: student(images).logits, pixels, self.data.image, device=_device(student))
-        for part in modes:
-            part.training = True
-        return logits
+        with evaluating(student):
+            return predict(lambda images: student(images).logits, pixels, self.data.image, device=_device(student))
 
 
 class WatchStudent:

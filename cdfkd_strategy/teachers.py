@@ -74,7 +74,7 @@ class TeacherEnsemble(nn.Module):
         uniform = torch.ones(len(models))
         self.register_buffer("weights", class_weights(uniform if weights is None else weights, len(models), image.num_classes))
         self._norms = [[m for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in self.nets]
-        self._linears = [final_linear(net) for net in self.nets]
+        self._linears = [final_linear(net, image.num_classes) for net in self.nets]
         self.train(False)
 
     def __len__(self) -> int:
@@ -87,13 +87,8 @@ class TeacherEnsemble(nn.Module):
 
     @property
     def has_features(self) -> tuple[bool, ...]:
-        """Per teacher: is there a last linear layer whose input can serve as features?"""
+        """Per teacher: is there a linear classifier whose input can serve as features?"""
         return tuple(linear is not None for linear in self._linears)
-
-    @property
-    def feature_widths(self) -> tuple[int | None, ...]:
-        """Per teacher: the width ``D_k`` of its features, or None."""
-        return tuple(None if linear is None else linear.in_features for linear in self._linears)
 
     @property
     def is_uniform(self) -> bool:

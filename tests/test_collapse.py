@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from cdfkd_strategy.collapse import CollapseWatch
+from cdfkd_strategy.engine import EngineConfig, distill
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
+from cdfkd_strategy.methods.deep_inversion import DeepInversionConfig
+from cdfkd_strategy.methods.rdskd import RDSKDConfig
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
@@ -49,7 +52,7 @@ def test_a_teacher_that_sees_one_class_only_is_warned_of_once(distiller: CDFKDMF
         watch.look(0)
         watch.look(1)
     assert caplog.text.count("covers few classes") == 1
-    assert "raise the class-balance weight" in caplog.text
+    assert "raise method.balance_weight or lower method.generator_lr" in caplog.text
 
 
 def test_a_student_that_falls_behind_is_warned_of(distiller: CDFKDMFS, caplog: pytest.LogCaptureFixture) -> None:
@@ -59,7 +62,24 @@ def test_a_student_that_falls_behind_is_warned_of(distiller: CDFKDMFS, caplog: p
         watch._warn(1, distance=0.3, entropy=1.3, most=1.386)
         assert caplog.text == ""
         watch._warn(2, distance=0.5, entropy=1.3, most=1.386)
-    assert "falls behind the generator" in caplog.text
+    assert "falls behind the synthetic images" in caplog.text
+    assert "lower method.generator_lr or raise method.student_steps" in caplog.text
+
+
+def test_only_settings_that_the_method_has_are_advised(distiller: CDFKDMFS, caplog: pytest.LogCaptureFixture) -> None:
+    distiller.config = DeepInversionConfig.toy()  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING):
+        CollapseWatch(distiller, 16, seed=0)._warn(0, distance=0.1, entropy=0.0, most=1.386)
+    assert "change the method's settings" in caplog.text
+    assert "generator_lr" not in caplog.text
+
+
+def test_one_header_for_several_teachers_is_looked_at() -> None:
+    with seeded_scope("collapse"):
+        weights = torch.tensor([[1.0, 2, 3, 4], [4.0, 3, 2, 1], [1.0, 1, 1, 1]])
+        teachers = TeacherEnsemble([build_classifier("small_cnn", IMAGE) for _ in range(3)], weights, image=IMAGE)
+        result = distill(teachers, MultiHeaderStudent("small_cnn", 1, IMAGE), "rdskd", config=RDSKDConfig.toy(), engine=EngineConfig(watch_images=16))
+    assert 0 <= result.history[-1]["watch/student_teacher_l1"] <= 2
 
 
 def test_zero_images_turn_it_off(distiller: CDFKDMFS) -> None:

@@ -129,6 +129,11 @@ def test_unusable_teachers_and_names_are_clear_errors() -> None:
     with pytest.raises(NeedsError, match=r"row_norm.*teachers 0.*uniform"):
         competence.estimate(teachers, IMAGE, generator("x"), "row_norm")
     assert competence.estimate(teachers, IMAGE, generator("x"), "uniform").tolist() == [[1.0] * 4]
+    squeeze = TeacherEnsemble([nn.Sequential(nn.Flatten(), nn.Linear(64, 7), nn.Unflatten(1, (7, 1)), nn.Conv1d(7, 4, 1), nn.Flatten())], image=IMAGE)
+    assert squeeze.has_features == (False,)
+    for name in ("auto", "row_norm"):
+        with pytest.raises(NeedsError, match="networks that end in a linear layer with one output per class"):
+            competence.estimate(squeeze, IMAGE, generator("x"), name)
     with pytest.raises(UnknownNameError, match=r"accepted: auto, norm_features, row_norm, uniform"):
         competence.estimate(teachers, IMAGE, generator("x"), "label_counts")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.config import bind, fingerprint, load_yaml, override, to_dict
+from cdfkd_strategy.config import bind, load_yaml, override, to_dict
 from cdfkd_strategy.errors import CDFKDError, ConfigError, UnknownNameError
 from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.types import ImageSpec, Needs
@@ -154,16 +154,6 @@ def test_override_dotted_values_are_yaml() -> None:
 def test_override_errors(item: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         override({"seed": 0}, [item])
-
-
-def test_fingerprint_depends_on_values_and_not_on_order_or_form() -> None:
-    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
-    assert fingerprint(Outer()) == fingerprint(to_dict(Outer()))
-    assert fingerprint(Outer()) != fingerprint(Outer(count=4))
-    assert len(fingerprint(Outer())) == 64
-
-
-# -- registry ----------------------------------------------------------------------------------------------------
 
 
 def test_registry() -> None:

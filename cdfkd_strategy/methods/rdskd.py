@@ -18,9 +18,10 @@ The formulas are those of the authors' code; whether the paper's text differs co
 
 Deviations:
 
-- Several teachers (the paper has one): every term of L_G is the mean over the teachers of the term of each. In stage
-  (b) header k imitates teacher k, and a student with one header imitates the ensemble fused with the teachers' class
-  weights; one teacher is the paper's case. Stage (a) does not use the weights.
+- Several teachers (the paper has one): L_oh, L_ie and L_ds are the means over the teachers of the losses of each; the
+  exponentials are taken of the means, so that there is one reference each. In stage (b) header k imitates teacher k,
+  and a student with one header imitates the ensemble fused with the teachers' class weights; one teacher is the
+  paper's case. Stage (a) does not use the weights.
 - ``p ln p`` of a class that underflows is NaN in the authors' code; here the batch mean is taken in log space. L_ds is
   written without the quotient that is 0 / 0 when both halves are classified alike (`losses.diversity`).
 - The exponentials cannot overflow and need no clamp: 0 <= L_oh <= ln C, because the largest of C probabilities is at
@@ -65,7 +66,7 @@ class RDSKDConfig:
     Args:
         generator_epochs: epochs of stage (a).
         student_epochs: epochs of stage (b).
-        iterations: steps per epoch, in both stages.
+        iterations: steps per epoch, in both stages; at least 2, since the references are refreshed after the second.
         batch_size: synthetic images per step; even, for the two halves.
         generator_lr: Adam, default betas.
         student_lr: Adam, default betas.
@@ -85,9 +86,9 @@ class RDSKDConfig:
     generator: GeneratorConfig = field(default_factory=_cifar_generator)
 
     def __post_init__(self) -> None:
-        for name in ("generator_epochs", "student_epochs", "iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
+        for name, least in (("generator_epochs", 1), ("student_epochs", 1), ("iterations", REFRESH_AT + 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least {least}")
         if self.batch_size < 4 or self.batch_size % 2:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: an even number, at least 4 (the diversity loss compares two halves)")
         if self.temperature <= 0:

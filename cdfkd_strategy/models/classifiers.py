@@ -70,10 +70,18 @@ def _output_shape(model: nn.Module, image: ImageSpec) -> tuple[int, ...]:
     return tuple(output.shape)
 
 
-def final_linear(model: nn.Module) -> nn.Linear | None:
-    """The last ``nn.Linear`` in module order; its input is what this project calls the features. None if there is none."""
+def final_linear(model: nn.Module, num_classes: int | None = None) -> nn.Linear | None:
+    """The last ``nn.Linear`` in module order; its input is what this project calls the features.
+
+    Args:
+        model: a classifier.
+        num_classes: what it must give; a network may have linear layers and no linear classifier.
+
+    Returns:
+        The layer, or None if there is none or it gives something else.
+    """
     layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
-    return layers[-1] if layers else None
+    return layers[-1] if layers and num_classes in (None, layers[-1].out_features) else None
 
 
 # -- small nets ------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
@@ -102,6 +103,86 @@ def test_auto_is_the_paper_for_uniform_weights_and_fused_for_others() -> None:
     assert method(weights=skewed).fused
     assert not method(weights=skewed, mode="paper").fused
     assert method(mode="fused").fused
+
+
+class Seen:
+    """What a plain reference needs of a teacher: the statistics of every BatchNorm input, and the last layer's input."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher, self.distances, self.features = teacher, [], torch.zeros(())
+        for part in teacher.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.register_forward_pre_hook(self.look)
+        list(teacher.modules())[-1].register_forward_pre_hook(self.keep)
+
+    def look(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].transpose(0, 1).flatten(1)
+        mean = rows.mean(1)
+        variance = ((rows - mean[:, None]) ** 2).mean(1)
+        self.distances.append(((mean - norm.running_mean) ** 2).sum() ** 0.5 + ((variance - norm.running_var) ** 2).sum() ** 0.5)
+
+    def keep(self, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(linear, nn.Linear)
+        self.features = inputs[0]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.distances = []
+        return self.teacher(images)
+
+
+@pytest.mark.parametrize("mode", ["paper", "fused"])
+def test_an_iteration_equals_a_plain_reference(mode: str) -> None:
+    """Five student steps and a generator step, from the paper's symbols: fresh z each, SGD written out, gradients through everything.
+
+    In float64: the signs in the gradients of L1 norms turn rounding noise of float32 into differences of a percent.
+    """
+    weights = torch.rand(K, C, generator=torch.Generator().manual_seed(5))
+    distiller = method(weights=weights, mode=mode, iterations=1, student_lr=0.02, schedule="constant")
+    for part in (distiller.student, distiller.generator, distiller.teachers):
+        part.double()  # in place: the optimisers keep their parameters
+    distiller.generator.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    w = weights / weights.sum(0)
+    student, generator = copy.deepcopy(distiller.student).train(), copy.deepcopy(distiller.generator).train()
+    teachers = [Seen(copy.deepcopy(net).requires_grad_(True)) for net in distiller.teachers.nets]
+    rng, adam = torch.Generator().manual_seed(0), torch.optim.Adam(generator.parameters(), lr=1e-3)
+    momenta = [torch.zeros_like(p) for p in student.parameters()]
+
+    def fused(logits: list[Tensor]) -> Tensor:
+        return torch.log(torch.softmax(sum(w[k] * torch.log(torch.softmax(logits[k], 1)) for k in range(K)), 1))
+
+    def kl(mine: Tensor, theirs: Tensor) -> Tensor:
+        return (theirs.exp() * (theirs - mine)).sum(1).mean()
+
+    for _ in range(5):
+        x = generator(torch.randn(8, 8, generator=rng)).detach()
+        t = [teacher(x).detach() for teacher in teachers]
+        s, features = student(x)
+        loss = sum((s[k] - t[k]).abs().mean() for k in range(K)) / K
+        loss = loss + 0.2 * sum((features[k] - teachers[k].features.detach()).abs().sum(1).mean() for k in range(K)) / K
+        loss = loss + (5 * (sum(s) / K - sum(t) / K).abs().mean() if mode == "paper" else kl(fused(list(s)), fused(t)))
+        student.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p, momentum in zip(student.parameters(), momenta, strict=True):
+                momentum.mul_(0.9).add_(p.grad + 5e-4 * p)
+                p.sub_(0.02 * momentum)
+    x = generator(torch.randn(8, 8, generator=rng))
+    s, t = student(x).logits, [teacher(x) for teacher in teachers]
+    loss = sum(-(s[k] - t[k]).abs().mean() + 0.1 * (sum(teachers[k].distances) + 4 * teachers[k].distances[0]) for k in range(K)) / K
+    if mode == "fused":
+        classes = fused(t).exp().mean(0)
+        loss = loss - kl(fused(list(s)), fused(t)) + (classes * classes.log()).sum()
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+
+    terms = distiller.run_epoch(0)
+    assert sum(value for name, value in terms.items() if name.startswith("generator/")) == pytest.approx(loss.item(), rel=1e-6)
+    for (name, mine), theirs in zip(distiller.student.state_dict().items(), student.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    z = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(distiller.generator(z), generator(z), rtol=1e-3, atol=1e-5)
+    assert (method().generator.train()(z) - generator(z)).abs().mean() > 1e-3, "it has not moved"
 
 
 def test_features_of_another_width_are_left_out() -> None:

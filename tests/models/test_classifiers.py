@@ -117,3 +117,10 @@ def test_an_unknown_name_lists_the_accepted_ones():
 
 def test_final_linear_of_a_net_without_one_is_none():
     assert final_linear(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten())) is None
+
+
+def test_final_linear_is_the_classifier_or_none():
+    squeeze = nn.Sequential(nn.Linear(1, 3), nn.Flatten())
+    assert final_linear(squeeze).out_features == 3
+    assert final_linear(squeeze, 3) is not None
+    assert final_linear(squeeze, 4) is None
