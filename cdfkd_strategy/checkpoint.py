@@ -129,18 +129,19 @@ def save_state(directory: Path, state: Mapping[str, Any]) -> None:
     """Write a nested state to ``directory/state.safetensors`` and ``state.json``.
 
     The new checkpoint is written beside the old one and takes its name; the old one stays as ``<directory>.previous``,
-    so that at every moment one of the two is whole. The disk holds two checkpoints at most.
+    so that at every moment one of the two is whole. The disk holds two checkpoints at most, since that older one goes first.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh, previous = _sibling(directory, "new"), _sibling(directory, "previous")
     shutil.rmtree(fresh, ignore_errors=True)
+    if directory.exists():
+        shutil.rmtree(previous, ignore_errors=True)
     fresh.mkdir()
     tensors: dict[str, Tensor] = {}
     tree = _split(state, tensors)
     save_tensors(fresh / "state.safetensors", tensors)
     write_json(fresh / "state.json", tree)
     if directory.exists():
-        shutil.rmtree(previous, ignore_errors=True)
         directory.rename(previous)
     fresh.rename(directory)
     sync_directory(directory.parent)
@@ -166,6 +167,12 @@ def load_state(directory: Path) -> dict[str, Any]:
 def has_state(directory: Path) -> bool:
     """Is there a checkpoint that `load_state` would read?"""
     return any((candidate / "state.json").exists() for candidate in (directory, _sibling(directory, "previous")))
+
+
+def drop_state(directory: Path) -> None:
+    """Remove a checkpoint, and what `save_state` keeps beside it."""
+    for path in (directory, _sibling(directory, "new"), _sibling(directory, "previous")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sibling(directory: Path, suffix: str) -> Path:

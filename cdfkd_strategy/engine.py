@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import logging
 import math
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import has_state, load_state, save_state, save_tensors, write_text
@@ -22,6 +20,7 @@ from cdfkd_strategy.collapse import CollapseWatch
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
+from cdfkd_strategy.history import losses_csv
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.progress import Progress
 from cdfkd_strategy.runtime import Runtime
@@ -31,6 +30,10 @@ from cdfkd_strategy.types import Extras, ImageSpec
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+SYNTHETIC_FILE = "synthetic.safetensors"
+KEPT_IMAGES = 64
+"""Synthetic images that a run directory keeps to look at."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class DistillResult(NamedTuple):
     """What a distillation gives.
 
     ``history`` has one mapping per epoch: ``epoch``, ``seconds``, the method's terms, ``watch/...`` and what
-    ``evaluate`` returned. Its length is the number of epochs, so it is bounded by the schedule.
+    ``evaluate`` returned. Its length is the number of epochs, so it is bounded by the schedule. ``sample`` is the method's
+    own `Distiller.sample`, and keeps the method alive as long as the result is kept.
     """
 
     student: nn.Module
@@ -125,6 +129,7 @@ class DistillResult(NamedTuple):
     epochs_done: int
     stopped_by: Literal["schedule", "max_seconds"]
     runtime: Runtime
+    sample: Callable[[int, torch.Generator], Tensor | None]
 
 
 @dataclass
@@ -177,7 +182,8 @@ def distill(
         config: the method's ``Config``; None is its defaults.
         image: what the networks take; None is the teachers' own.
         seed: of everything random in the run.
-        out: directory for ``losses.csv``, ``generator.safetensors`` and ``checkpoint/``; None keeps nothing.
+        out: directory for ``losses.csv``, ``generator.safetensors``, ``synthetic.safetensors`` (64 images, pixels as bytes) and
+            ``checkpoint/``; None keeps nothing.
         evaluate: called with the student (in eval mode) at epoch boundaries; what it returns is added to the history.
         engine: how to run; None is the defaults.
         resume: continue from ``out/checkpoint`` if there is one.
@@ -222,9 +228,20 @@ def distill(
             logger.info("continuing after epoch %d of %d", len(run.history), distiller.num_epochs)
         stopped_by = _epochs(run, engine, evaluate)
     student.eval()
-    if directory is not None and distiller.generator is not None:
+    if directory is not None:
+        _keep_images(directory, distiller, seed)
+    return DistillResult(student, distiller.generator, run.history, len(run.history), stopped_by, runtime, distiller.sample)
+
+
+def _keep_images(directory: Path, distiller: Distiller, seed: int) -> None:
+    """The generator, and some images as the method shows them to the student; whichever of the two it has."""
+    if distiller.generator is not None:
         save_tensors(directory / "generator.safetensors", distiller.generator.state_dict())
-    return DistillResult(student, distiller.generator, run.history, len(run.history), stopped_by, runtime)
+    with distiller.runtime.scope():
+        images = distiller.sample(KEPT_IMAGES, seeding.generator("pictures", seed))
+    if images is not None:
+        pixels = distiller.image.to_pixels(images).mul(255).round().to(torch.uint8)
+        save_tensors(directory / SYNTHETIC_FILE, {"pixels": pixels.contiguous()})
 
 
 def saved_runtime(directory: Path) -> Runtime | None:
@@ -297,15 +314,6 @@ def _check_finite(terms: Mapping[str, float], epoch: int, name: str) -> None:
     if broken:
         raise CDFKDError(
             f"{name}: {', '.join(broken)} became NaN or infinite in epoch {epoch + 1}; lower the learning rates "
-            "(method.student_lr, method.generator_lr) and check the teachers; the last checkpoint is intact"
+            "(method.student_lr, method.generator_lr) in a new run directory, and check the teachers; those of a federation are not lost: "
+            "`cdfkd distill --teachers RUN/uploads` takes them"
         )
-
-
-def losses_csv(history: list[dict[str, float]]) -> str:
-    """The history as CSV: a column per term, in order of first appearance; empty where an epoch does not have it."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: value if isinstance(value, int) else f"{value:.6g}" for key, value in row.items()} for row in history)
-    return text.getvalue()

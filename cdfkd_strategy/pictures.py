@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import load_tensors
 from cdfkd_strategy.data.datasets import ImageData, load_data
+from cdfkd_strategy.engine import SYNTHETIC_FILE
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, MissingExtraError
 from cdfkd_strategy.harness import Harness, confusion_matrix
-from cdfkd_strategy.models.generators import build_generator, sample_images
+from cdfkd_strategy.history import read_losses
 from cdfkd_strategy.models.head_fusion import FusedStudent
 from cdfkd_strategy.run_config import RunConfig
-from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import discloses_counts, read_summary
 
@@ -47,7 +46,7 @@ def draw_pictures(run_dir: Path, config: RunConfig, data: ImageData | None) -> l
     """Draw what the files in a run directory allow.
 
     Args:
-        run_dir: with ``losses.csv``, ``generator.safetensors``, ``student.safetensors``, ``summary.json``; missing ones leave out their pictures.
+        run_dir: with ``losses.csv``, ``synthetic.safetensors``, ``student.safetensors``, ``summary.json``; missing ones leave out their pictures.
         config: of the run.
         data: its data set (`images_of`); None leaves out the label distribution and the confusion matrix.
 
@@ -63,8 +62,8 @@ def draw_pictures(run_dir: Path, config: RunConfig, data: ImageData | None) -> l
     if history:
         pictures += [_accuracy(run_dir, history), _losses(run_dir, history)]
     student = _student(run_dir)
-    if student is not None and (run_dir / "generator.safetensors").exists():
-        pictures.append(_synthetic(run_dir, config, student, data))
+    if student is not None and (run_dir / SYNTHETIC_FILE).exists():
+        pictures.append(_synthetic(run_dir, student, data))
     if data is not None:
         pictures.append(_labels(run_dir, config, data))
     if data is not None and student is not None and student.image == data.image:
@@ -83,14 +82,6 @@ def _figure(width: float = 7.0, height: float = 4.0) -> Figure:
 def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, metadata={"Software": None})
     return path
-
-
-def read_losses(path: Path) -> list[dict[str, float]]:
-    """The rows of a ``losses.csv``; empty fields are left out, and so is a missing file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def _student(run_dir: Path) -> FusedStudent | None:
@@ -151,19 +142,15 @@ def _losses(run_dir: Path, history: list[dict[str, float]]) -> Path:
     return _save(figure, run_dir / "losses.png")
 
 
-def _synthetic(run_dir: Path, config: RunConfig, student: FusedStudent, data: ImageData | None) -> Path | None:
-    """A grid of generated images, each with the class and the probability that the merged student gives it."""
-    settings = getattr(config.method_config()[1], "generator", None)
-    if settings is None:
-        return None
-    generator = build_generator(student.image, settings)
-    generator.load_state_dict(load_tensors(run_dir / "generator.safetensors"))
+def _synthetic(run_dir: Path, student: FusedStudent, data: ImageData | None) -> Path:
+    """A grid of synthetic images, each with the class and the probability that the merged student gives it."""
+    pixels = load_tensors(run_dir / SYNTHETIC_FILE)["pixels"].float() / 255
     with torch.no_grad():
-        pixels = student.image.to_pixels(sample_images(generator, GRID * GRID, seeding.generator("pictures", config.seed), Runtime(channels_last=False)))
         sure, classes = student(pixels).exp().max(-1)
     names = _names(data, student.image.num_classes)
     figure = _figure(8.0, 9.0)
-    for index, axes in enumerate(figure.subplots(GRID, GRID).flat):
+    side = math.isqrt(len(pixels))
+    for index, axes in enumerate(figure.subplots(side, side).flat):
         _show(axes, pixels[index])
         axes.set_title(f"{names[int(classes[index])][:10]} {100 * float(sure[index]):.0f}", fontsize=6, pad=1)
     figure.suptitle("synthetic images: the student's class and its probability (%)", fontsize=9)

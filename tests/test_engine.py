@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.checkpoint import load_tensors
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
+from cdfkd_strategy.engine import KEPT_IMAGES, SYNTHETIC_FILE, DistillResult, EngineConfig, distill
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError, NeedsError, UnknownNameError
+from cdfkd_strategy.methods.rdskd import RDSKDConfig
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.seeding import generator, seeded_scope
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, Needs
 
@@ -84,6 +86,16 @@ class LayerwiseDistiller(NoiseDistiller):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.optimizer = LayerwiseSGD(self.student.parameters())
+
+
+class ListDistiller(NoiseDistiller):
+    """Keeps an optimiser where no checkpoint sees it."""
+
+    name = "list_test"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizers = [torch.optim.SGD(self.student.parameters())]
 
 
 class NeedsBatchNorm(NoiseDistiller):
@@ -208,6 +220,22 @@ def test_a_loss_that_is_not_finite_is_a_clear_error_and_keeps_the_last_checkpoin
         run(tmp_path, config=NoiseConfig(broken_at=2))
     with (tmp_path / "losses.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
+
+
+def test_state_that_a_checkpoint_would_lose_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'list_test' keeps a list in 'optimizers', which a checkpoint would lose; accepted: .*nn.ModuleList"):
+        run(tmp_path, cls=ListDistiller)
+
+
+def test_some_images_are_kept_as_the_method_shows_them(tmp_path: Path) -> None:
+    teachers, student = parts()
+    result = distill(teachers, student, "rdskd", config=RDSKDConfig.toy(), out=tmp_path, seed=3, engine=EngineConfig(device="cpu", progress=False))
+    pixels = load_tensors(tmp_path / SYNTHETIC_FILE)["pixels"]
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (KEPT_IMAGES, *IMAGE.shape))
+    shown = result.sample(KEPT_IMAGES, generator("pictures", 3))
+    assert shown is not None
+    assert torch.equal(pixels, IMAGE.to_pixels(shown).mul(255).round().to(torch.uint8))
+    assert not (run(tmp_path / "noise") and (tmp_path / "noise" / SYNTHETIC_FILE).exists()), "a method without images keeps none"
 
 
 def test_needs_are_checked_before_training() -> None:

@@ -14,7 +14,9 @@ from torchvision.transforms import v2
 
 from cdfkd_strategy.data.client_share import ClientShare
 from cdfkd_strategy.errors import ArchitectureError, CDFKDError, ConfigError, DataError
+from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.models.head_fusion import FusedStudent
+from cdfkd_strategy.schedules import cosine
 from cdfkd_strategy.seeding import generator, seeded_scope, threads
 from cdfkd_strategy.types import ImageSpec
 
@@ -191,9 +193,7 @@ class _Run:
         """``T^2 KL(student || teacher)`` over all classes or those that are not the label, batch mean in nats; the student is the target."""
         if self.config.student_term == "not_true":
             logits, target = not_true(logits, labels), not_true(target, labels)
-        temperature = self.config.student_temperature
-        ours, theirs = (F.log_softmax(given / temperature, dim=1) for given in (logits, target))
-        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+        return kl_divergence(logits, target, self.config.student_temperature)
 
     def _pull(self) -> None:
         """Add the gradient of FedProx's term, ``mu (w - w_received)``; without the term nothing was kept to pull to."""
@@ -204,7 +204,7 @@ class _Run:
     def _rate(self) -> float:
         if self.config.schedule == "constant":
             return self.config.lr
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.total_steps))
+        return self.config.lr * cosine(self.step, self.total_steps)
 
 
 def not_true(logits: Tensor, labels: Tensor) -> Tensor:
