@@ -51,7 +51,7 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
     """Read a teacher directory and resolve what to do with it.
 
     Args:
-        directory: what `write_teachers` wrote.
+        directory: what `write_teachers` wrote, or the ``uploads`` of a run.
         overrides: ``key=value`` on the directory's configuration.
 
     Raises:

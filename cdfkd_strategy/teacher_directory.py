@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,24 +64,34 @@ def save_teachers(directory: Path, teachers: TeacherSet) -> TeacherSet:
     _check(teachers)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / INDEX).unlink(missing_ok=True)
-    specs, entries = [], []
+    specs = []
     for k, (spec, model) in enumerate(zip(teachers.specs, teachers.models, strict=True)):
         state = model.state_dict()
-        spec = replace(spec, sha256=state_hash(state))  # noqa: PLW2901 - the same spec, completed
+        specs.append(replace(spec, sha256=state_hash(state)))
         save_tensors(directory / f"teacher-{k}.safetensors", state)
-        specs.append(spec)
-        entries.append({**to_dict(spec), "file": f"teacher-{k}.safetensors"})
+    written = replace(teachers, specs=tuple(specs))
+    write_index(directory, written, [f"teacher-{k}.safetensors" for k in range(len(specs))])
+    return written
+
+
+def write_index(directory: Path, teachers: TeacherSet, files: Sequence[str]) -> None:
+    """Make a teacher directory of one that has the weights already.
+
+    Args:
+        directory: with the files.
+        teachers: what is to be read from it; their hashes must be right, their models are not looked at.
+        files: K names of safetensors files in the directory.
+    """
     index = {
         "format": FORMAT,
         "image": to_dict(teachers.image),
         "seed": teachers.seed,
-        "teachers": entries,
+        "teachers": [{**to_dict(spec), "file": file} for spec, file in zip(teachers.specs, files, strict=True)],
         "oracle": {"label_counts": teachers.oracle_label_counts},
         "disclosed": {"label_counts": teachers.label_counts},
         "config": to_dict(teachers.config),
     }
     write_json(directory / INDEX, index)
-    return replace(teachers, specs=tuple(specs))
 
 
 def _check(teachers: TeacherSet) -> None:

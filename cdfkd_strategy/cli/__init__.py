@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     teachers.set_defaults(command="running:teachers")
 
     distill = commands.add_parser("distill", help="distil a teacher directory, without Flower")
-    distill.add_argument("--teachers", required=True, metavar="DIR", help="what `cdfkd teachers` wrote")
+    distill.add_argument("--teachers", required=True, metavar="DIR", help="what `cdfkd teachers` wrote, or the uploads/ of a run")
     distill.add_argument("--method", metavar="NAME", help="default: the one in the directory's configuration")
     distill.add_argument("--student", metavar="BACKBONE", help="the student's backbone; default: the one in the directory's configuration")
     _takes_overrides(distill)

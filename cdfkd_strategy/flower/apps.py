@@ -139,6 +139,7 @@ def serve(grid: Grid, config: RunConfig, out: Path | None, *, resume: bool) -> C
     assert image is not None
     harness = Harness(config, data)
     strategy = make_strategy(config, image, harness, out, resume=resume)
+    strategy.session.run_config = to_dict(config)
     settings = _for_clients(config, image, data)
     if not resume:
         strategy.session.open(ArrayRecord(), settings)

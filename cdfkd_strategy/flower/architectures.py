@@ -18,6 +18,14 @@ from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, Needs
 
 
+def architecture_name(architecture: str | Callable[[], nn.Module]) -> str:
+    """The name that uploads are filed under; a user's own network never has the name of a registered one, which may be another network."""
+    if isinstance(architecture, str):
+        return architecture
+    name = getattr(architecture, "__name__", "custom")
+    return f"own {name}" if name in ARCHITECTURES else name
+
+
 class Architectures:
     """Builds client networks by name; the default one may be the user's own.
 
@@ -35,7 +43,7 @@ class Architectures:
 
     def __init__(self, default: str | Callable[[], nn.Module], accepted: Iterable[str] | None, image: ImageSpec, seed: int) -> None:
         self._build = None if isinstance(default, str) else default
-        self.default = default if isinstance(default, str) else getattr(default, "__name__", "custom")
+        self.default = architecture_name(default)
         self.accepted = {ARCHITECTURES[name].name for name in (accepted or ())} | {self.default}
         self.declared = accepted is not None
         self.image = image
@@ -91,17 +99,19 @@ class Architectures:
             weights: the competence estimate that will be asked of it, or "label_counts".
 
         Raises:
-            UploadError: its logits on noise are not finite, it lacks what the method needs, or its competence cannot be estimated.
+            UploadError: what a method looks at on noise is not finite, it lacks what the method needs, or its competence cannot be estimated.
         """
         teacher = TeacherEnsemble([self.load(name, state)], image=self.image)
         try:
-            logits = teacher(torch.randn(2, *self.image.shape, generator=seeding.generator("try out")))
+            seen = teacher.observe(torch.randn(2, *self.image.shape, generator=seeding.generator("try out")))
             if weights in COMPETENCE:
                 estimate(teacher, self.image, seeding.generator("try out"), weights)
         except (CDFKDError, RuntimeError) as error:
             raise UploadError(f"the network cannot be used as a teacher: {error}") from error
-        if not bool(torch.isfinite(logits).all()):
-            raise UploadError("the network's logits on random images are not finite; accepted: weights of ordinary size")
+        looked_at = {"logits": seen.logits, "features": seen.features[0], "distances from its BatchNorm statistics": seen.bn[0]}
+        for what, values in looked_at.items():
+            if values is not None and not bool(torch.isfinite(values.sum())):
+                raise UploadError(f"the network's {what} on random images are not finite; accepted: weights of ordinary size")
         if (needs.batch_norm and not all(teacher.has_batch_norm)) or (needs.features and not all(teacher.has_features)):
             raise UploadError(f"the method needs {', '.join(needs.disclosed())} of every teacher; a {name or self.default} does not have that")
 

@@ -130,16 +130,18 @@ class Clients:
             keys=self.options.keys,
         )
         self.architectures.try_out(arch_of(good.identity), good.state, self.options.distiller.needs, self.options.weights)
+        client = self.roster.enter(node, good.identity)
         upload = Upload(
-            key=self.roster.enter(node, good.identity).key,
+            key=client.key,
             arch=arch_of(good.identity) or self.architectures.default,
             num_examples=good.num_examples,
             round=server_round,
             sha256=state_hash(good.state),
             num_bytes=good.num_bytes,
             speaks=good.identity is not None,
+            lasting=client.key != str(node),
             label_counts=good.label_counts,
-            metrics=payload.finite_metrics(good.metrics),
+            metrics=payload.kept_metrics(good.metrics, self.options.keys.weight, good.num_examples),
         )
         return upload, good.state
 

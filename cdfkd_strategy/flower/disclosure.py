@@ -42,6 +42,10 @@ ATTENTION: Mapping[str, str] = {
 """Besides, from a client that evaluates a student with several headers."""
 
 
+FAILED = "the text of its error, which may name files, folders and numbers of images"
+"""In the reply of a client that fails."""
+
+
 def disclosed(*, label_counts: bool) -> list[str]:
     """Everything that a client tells the server, in all rounds of a run.
 
@@ -53,6 +57,7 @@ def disclosed(*, label_counts: bool) -> list[str]:
         *(OPTED_IN.values() if label_counts else ()),
         f"from round 2 on: {', '.join(LATER.values())}",
         f"if it evaluates: {', '.join((*EVALUATED.values(), *ATTENTION.values()))}",
+        f"if it fails: {FAILED}",
     ]
 
 

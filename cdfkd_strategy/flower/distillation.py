@@ -20,7 +20,6 @@ from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.run_state import RunState
 from cdfkd_strategy.flower.uploads import Upload, Uploads
-from cdfkd_strategy.models.generators import sample_images
 from cdfkd_strategy.models.head_fusion import class_weights
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
@@ -111,12 +110,12 @@ def distil_round(
     result = _distil(options, teachers, before, server_round, uploads, runtime)
     student: Any = result.student
     done = Distilled(student, None, teachers, result.generator, result.history, result.stopped_by, result.runtime)
-    if options.broadcast == "single":
-        done.single = _single(options, done, weights, server_round)
     if options.run_dir is not None:
-        if done.single is not None:
-            save_tensors(options.run_dir / SINGLE_FILE, done.single.state_dict())
         save_student(options.run_dir, student, weights)
+    if options.broadcast == "single":
+        done.single = _single(options, student, weights, server_round, result)
+        if options.run_dir is not None:
+            save_tensors(options.run_dir / SINGLE_FILE, done.single.state_dict())
     return done
 
 
@@ -189,17 +188,17 @@ def round_seed(seed: int, server_round: int) -> int:
     return seed if server_round == 1 else seeding.derive_seed("round", seed, server_round)
 
 
-def _single(options: Options, done: Distilled, weights: Tensor, server_round: int) -> MultiHeaderStudent:
-    generator, runtime = done.generator, done.runtime
-    if generator is None or runtime is None or done.student is None:
-        raise ConfigError(
-            f"broadcast is 'single', but method {options.distiller.name!r} leaves no generator to distil it with; accepted with it: broadcast='heads'"
-        )
-    return distill_single_header(
-        done.student,
-        weights,
-        lambda count, rng: sample_images(generator, count, rng, runtime),
-        steps=options.single_steps,
-        rng=seeding.generator("single header", options.seed, server_round),
-        runtime=runtime,
-    )
+def _single(options: Options, student: MultiHeaderStudent, weights: Tensor, server_round: int, result: DistillResult) -> MultiHeaderStudent:
+    """One header in place of all, distilled on the method's own images."""
+
+    def sample(count: int, rng: torch.Generator) -> Tensor:
+        images = result.sample(count, rng)
+        if images is None:
+            raise ConfigError(
+                f"broadcast is 'single', but method {options.distiller.name!r} has no synthetic images to distil it with; "
+                "accepted with it: broadcast='heads', in a new run (the student with all headers is in the run directory)"
+            )
+        return images
+
+    rng = seeding.generator("single header", options.seed, server_round)
+    return distill_single_header(student, weights, sample, steps=options.single_steps, rng=rng, runtime=result.runtime)

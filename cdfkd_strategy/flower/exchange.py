@@ -59,6 +59,7 @@ class Exchange:
     def __init__(self) -> None:
         self._asked: dict[str, int] = {}
         self._unanswered: set[str] = set()
+        self._unsent: set[str] = set()
 
     def node_of(self, reply: Message) -> int:
         """The node that a reply is about."""
@@ -66,8 +67,8 @@ class Exchange:
 
     @property
     def silent(self) -> list[int]:
-        """The nodes of the last question that have not answered."""
-        return sorted(self._asked[message_id] for message_id in self._unanswered)
+        """The nodes of the last question that have not answered, those that it could not be sent to included."""
+        return sorted(self._asked[message_id] for message_id in self._unanswered | self._unsent)
 
     def ask(self, grid: Grid, messages: list[Message], timeout: float | None, lag: float | None = None) -> Iterator[Message]:
         """Send all messages, then yield every reply when it arrives, until all are there or the time is up.
@@ -78,16 +79,17 @@ class Exchange:
             timeout: seconds; None waits for ever.
             lag: once there was a reply, give up after so many seconds without another; None does not.
         """
-        self._asked, self._unanswered = {}, set()
+        self._asked, self._unanswered, self._unsent = {}, set(), set()
         if not messages:
             return
         pushed = set(grid.push_messages(messages))
         self._asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         messages.clear()
-        if refused := sorted(node for message_id, node in self._asked.items() if message_id not in pushed):
-            logger.warning("no message could be sent to nodes %s", refused)
         self._unanswered = {message_id for message_id in self._asked if message_id in pushed}
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._unsent = set(self._asked) - self._unanswered
+        if self._unsent:
+            logger.warning("no message could be sent to nodes %s", sorted(self._asked[message_id] for message_id in self._unsent))
+        latest = deadline = math.inf if timeout is None else time.monotonic() + timeout
         pause = _SHORTEST
         while self._unanswered:
             replies = list(grid.pull_messages(list(self._unanswered)))
@@ -96,7 +98,7 @@ class Exchange:
                 yield reply
             if replies:
                 pause = _SHORTEST
-                deadline = deadline if lag is None else min(deadline, time.monotonic() + lag)
+                deadline = latest if lag is None else min(latest, time.monotonic() + lag)
             elif time.monotonic() >= deadline:
                 logger.warning("no reply in time from nodes %s; going on without them", self.silent)
                 return

@@ -15,7 +15,8 @@ from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import EngineConfig
 from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
-from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, LATER, OPTED_IN, needed
+from cdfkd_strategy.flower.architectures import architecture_name
+from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, FAILED, LATER, OPTED_IN, needed
 from cdfkd_strategy.flower.payload import Keys
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.types import ImageSpec
@@ -115,8 +116,8 @@ class Options:
     def settings(self) -> dict[str, Any]:
         """Plain values of everything on which the result depends."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NO_RESULT}
-        name = self.architecture if isinstance(self.architecture, str) else getattr(self.architecture, "__name__", "custom")
-        return {**{key: to_dict(value) for key, value in values.items()}, "method": self.distiller.name, "architecture": name}
+        named = {"method": self.distiller.name, "architecture": architecture_name(self.architecture)}
+        return {**{key: to_dict(value) for key, value in values.items()}, **named}
 
     def disclosures(self, num_rounds: int) -> list[str]:
         """What leaves the clients, and what clients see of one another, in words."""
@@ -131,6 +132,7 @@ class Options:
         if self.fraction_evaluate > 0:
             fitted = ATTENTION.values() if self.broadcast == "heads" else ()
             found.append(f"every client that evaluates: {'; '.join((*EVALUATED.values(), *fitted))} (to the server)")
+        found.append(f"a client that fails: {FAILED} (to the server)")
         if num_rounds > 1 or self.fraction_evaluate > 0:
             heads = "the student with one header per client, and the class weights of all clients"
             sent = heads if self.broadcast == "heads" else "the student with a single header distilled from all"

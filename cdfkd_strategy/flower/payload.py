@@ -41,6 +41,8 @@ MAX_METRICS = 64
 HELLO_ACTION = "hello"
 HELLO = f"query.{HELLO_ACTION}"
 
+MAX_PARAMETER = 1e6
+"""Largest absolute value of an attention parameter that is believed; fitted ones are below ten."""
 MAX_EXAMPLES = 10**12
 """A client that claims more samples than this is not believed. Below, it is: the number is its weight in every average (README, Limits)."""
 
@@ -126,7 +128,7 @@ def read_identity(content: RecordDict, num_classes: int) -> Identity | None:
         return None
     arch, partition_id, classes = record.get(ARCH), record.get(PARTITION_ID), record.get(NUM_CLASSES, num_classes)
     if classes != num_classes:
-        raise UploadError(f"the client has {NUM_CLASSES}={classes!r}; accepted: {num_classes}")
+        raise UploadError(f"the client has {NUM_CLASSES}={classes!r:.60}; accepted: {num_classes}")
     if arch is not None and not isinstance(arch, str):
         raise UploadError(f"{ARCH} is {arch!r:.60}; accepted: the name of an architecture")
     if partition_id is not None and (not isinstance(partition_id, int) or isinstance(partition_id, bool) or partition_id < 0):
@@ -193,12 +195,12 @@ def _label_counts(content: RecordDict, num_classes: int) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def finite_metrics(metrics: MetricRecord) -> dict[str, Any]:
-    """The metrics without those that are NaN, infinite or oversized: at most `MAX_METRICS` names, and numbers in each."""
-    found: dict[str, Any] = {}
+def kept_metrics(metrics: MetricRecord, weight: str, num_examples: int) -> dict[str, Any]:
+    """The metrics without those that are NaN, infinite or oversized: at most `MAX_METRICS` names, and numbers in each, and the client's weight."""
+    found: dict[str, Any] = {weight: num_examples}
     for name, value in metrics.items():
         numbers = value if isinstance(value, list) else [value]
-        if len(found) < MAX_METRICS and len(name) <= MAX_METRICS and len(numbers) <= MAX_METRICS and all(map(math.isfinite, numbers)):
+        if name != weight and len(found) <= MAX_METRICS and len(name) <= MAX_METRICS and len(numbers) <= MAX_METRICS and all(map(math.isfinite, numbers)):
             found[name] = value
     return found
 
@@ -215,8 +217,7 @@ def read_metrics(content: RecordDict, keys: Keys) -> RecordDict | None:
     metrics = _the_record(content.metric_records, METRICS, "MetricRecord")
     if metrics.get(keys.weight) == 0:
         return None
-    read_num_examples(metrics, keys.weight)
-    return RecordDict({METRICS: metrics})
+    return RecordDict({METRICS: MetricRecord(kept_metrics(metrics, keys.weight, read_num_examples(metrics, keys.weight)))})
 
 
 def read_attention(content: RecordDict, num_classes: int) -> AttentionFit | None:
@@ -230,8 +231,8 @@ def read_attention(content: RecordDict, num_classes: int) -> AttentionFit | None
         return None
     weight, bias = record.get(WEIGHT), record.get(BIAS)
     numbers = [*weight, bias] if isinstance(weight, list) else []
-    if len(numbers) != num_classes + 1 or not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
-        raise UploadError(f"the attention parameters are {weight!r:.60} and {bias!r:.30}; accepted: {num_classes} and one finite floats")
+    if len(numbers) != num_classes + 1 or not all(isinstance(number, float) and abs(number) <= MAX_PARAMETER for number in numbers):
+        raise UploadError(f"the attention parameters are {weight!r:.60} and {bias!r:.30}; accepted: {num_classes} and one floats up to {MAX_PARAMETER:.0e}")
     return AttentionFit(tuple(weight), bias, read_num_examples(record))  # type: ignore[arg-type]
 
 

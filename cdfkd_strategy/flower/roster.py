@@ -19,8 +19,8 @@ logger = logging.getLogger("flwr")
 NO_HANDLER = "No query function registered"
 """What Flower answers for a ClientApp that was never told what to do with a hello."""
 
-AWAY = (3, 4, 5)
-"""Flower's codes of messages that were lost and of nodes that are not there: what fails is the connection, not the client."""
+AWAY = (3, 4, 5, 8)
+"""Flower's codes of messages that were lost and of nodes or processes that are not there: a later message may find them again."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class Roster:
             self._refused = {}
         self._clients = {node: client for node, client in self._clients.items() if node in here}
         self._refused = {node: reason for node, reason in self._refused.items() if node in here}
+
+    def pardon(self) -> None:
+        """Let refused nodes be asked again: one that was put right keeps its node id where nodes authenticate."""
+        self._refused = {}
 
     def refused(self, nodes: Iterable[int]) -> dict[str, str]:
         """Node id -> why it takes no part, for those of these nodes that do not."""

@@ -9,18 +9,19 @@ engine keeps its own checkpoint) -> ``distilled`` (student written) -> ``evaluat
 
 from __future__ import annotations
 
+import fcntl
 import json
-import math
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cdfkd_strategy.checkpoint import write_json
+from cdfkd_strategy.checkpoint import drop_state, write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.summary import finite
 
 Phase = Literal["uploads", "distilling", "distilled", "evaluated"]
 
@@ -104,7 +105,7 @@ class RunDirectory:
         resume: continue what is there; else it must be empty.
 
     Raises:
-        CheckpointError: the directory is not empty and ``resume`` is False.
+        CheckpointError: the directory is not empty and ``resume`` is False, or another process works in it.
     """
 
     def __init__(self, path: Path | None, resume: bool) -> None:
@@ -115,6 +116,7 @@ class RunDirectory:
         if path.exists() and not resume and any(not _unfinished(file) for file in path.iterdir()):
             raise CheckpointError(f"the run directory {path} is not empty; continue it with resume=True (--resume), or choose another one")
         path.mkdir(parents=True, exist_ok=True)
+        _hold(path)
         for leftover in path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
 
@@ -144,7 +146,7 @@ class RunDirectory:
     def save(self, state: RunState) -> None:
         """Write the state; files that it relies on must be there already."""
         if self.path is not None:
-            write_json(self.path / STATE_FILE, {"format": FORMAT, **_finite(to_dict(state))})
+            write_json(self.path / STATE_FILE, {"format": FORMAT, **finite(to_dict(state))})  # clients may report NaN
 
     def clear_distillation(self, server_round: int) -> None:
         """Before the distillation of a round: put the last round's losses aside and drop its checkpoint.
@@ -155,8 +157,27 @@ class RunDirectory:
             return
         if server_round > 1 and (self.path / "losses.csv").exists():
             (self.path / "losses.csv").replace(self.path / f"losses-round{server_round - 1}.csv")
-        for name in ("checkpoint", "checkpoint.new", "checkpoint.previous"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        drop_state(self.path / "checkpoint")
+
+
+_HELD: dict[Path, int] = {}
+"""Run directories that this process works in, and the open handles whose locks end with it."""
+
+
+def _hold(path: Path) -> None:
+    """Lock a run directory for this process: two servers would delete each other's files."""
+    if path.resolve() in _HELD:
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise CheckpointError(f"another process works in the run directory {path}; wait until it is done, stop it, or choose another directory") from error
+    except OSError:  # a file system that knows no locks
+        os.close(handle)
+        return
+    _HELD[path.resolve()] = handle
 
 
 def _unfinished(file: Path) -> bool:
@@ -164,17 +185,8 @@ def _unfinished(file: Path) -> bool:
     return file.match(".*.tmp")
 
 
-def _finite(value: Any) -> Any:
-    """Clients may report NaN; strict JSON has none, so it becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
 def _metrics(saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Metrics as they were before `_finite`: a MetricRecord takes NaN, also among the numbers of a list, and no null."""
+    """Metrics as they were before `finite`: a MetricRecord takes NaN, also among the numbers of a list, and no null."""
     if saved is None:
         return None
     nan = float("nan")

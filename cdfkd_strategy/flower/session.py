@@ -51,6 +51,7 @@ class Session:
         self.clients = Clients(options, self.architectures)
         self.distilled = Distilled()
         self.attention: HeadAttention | None = None
+        self.run_config: dict[str, Any] = {}  # behind the settings, as plain values, for the index of the uploads
         self.num_rounds = 1
         self.timeout: float | None = 3600.0
         self.runtime = Runtime()
@@ -88,6 +89,8 @@ class Session:
         logger.info("continuing in round %d, phase %r, with %d stored uploads", state.round, state.phase, len(self.uploads.trained_in))
         if state.attention is not None:
             self.attention = attention_from(state.attention)
+        if state.phase != "uploads":
+            self.uploads.drop_strays(state.slots)  # it died before it could
         if state.phase in ("distilled", "evaluated"):
             self.distilled = restore(self.options, self._teachers(), state.round, self.uploads, self.runtime)
         elif self.options.run_dir is not None and state.round > 1:
@@ -136,6 +139,7 @@ class Session:
         self._enter_round(server_round)
         if self.state.phase != "uploads":
             return []
+        self.clients.roster.pardon()
         options = self.options
         nodes = self.clients.wait(grid, len(self._live()))
         clients = self.clients.connected(grid, nodes, config, server_round, self.num_rounds, self.timeout)
@@ -235,13 +239,13 @@ class Session:
             teachers.weights.copy_(teacher_weights(teachers, uploads, [key in live for key in keys], options.weights, options.seed))
         state.teachers = [{"key": upload.key, "sha256": upload.sha256} for upload in uploads]
         state.weights = teachers.weights.double().tolist()
+        self.uploads.write_index([key for key in keys if key in live], options.image, options.seed, self.run_config)
         fresh = sorted((upload for upload in uploads if upload.round == state.round), key=lambda upload: client_order(upload.key))
         state.record.bytes["up"] = sum(upload.num_bytes for upload in fresh)
         state.record.train = dict(options.train_metrics([upload.content() for upload in fresh], options.keys.weight)) if fresh else None
         self.directory.clear_distillation(state.round)
         self._advance("distilling")
-        for key in set(self.uploads.trained_in) - set(keys):
-            self.uploads.remove(key)
+        self.uploads.drop_strays(state.slots)
 
     # -- distillation --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.errors import ConfigError, MissingExtraError
 from cdfkd_strategy.flower.apps import make_client_app, make_server_app
+from cdfkd_strategy.provenance import usable_cores
 from cdfkd_strategy.run_config import RunConfig
 
 
@@ -60,7 +60,7 @@ def backend(config: RunConfig) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: a client is to have more cores than there are.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if config.clients.num_cpus > cores:
         raise ConfigError(f"clients.num_cpus is {config.clients.num_cpus}; accepted on this machine: at most {cores}")
     return {

@@ -25,7 +25,7 @@ def assign_slots(slots: Mapping[str, int], live: Iterable[str]) -> dict[str, int
     """Give every live client a header slot.
 
     A client keeps its slot for the whole run. A new client takes the lowest slot whose client is not live any more
-    (that client loses it), and only then a new slot at the end. A slot whose client is not live and that nobody needs
+    (that client loses it; the header goes on from where it is), and only then a new slot at the end. A slot whose client is not live and that nobody needs
     stays with its client, whose header rests there until it returns.
 
     Args:

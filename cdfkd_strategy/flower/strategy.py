@@ -58,7 +58,8 @@ class CDFKDStrategy(Strategy):
         resume: continue the run in ``run_dir`` where it was interrupted.
         min_teachers: fewer usable teachers than this end the run with an error.
         max_teacher_age: rounds for which the last teacher of a client that did not report is used again. An older one does not count any
-            more: it has no weight and no part in the distillation, and its header rests until the client reports again.
+            more: it has no weight and no part in the distillation, and its header rests until the client reports again, unless a new
+            client takes its slot. Every client with a partition id goes on from its own last teacher, however old.
         broadcast: what clients get of the student: all "heads" and their class weights, or one "single" header distilled from them.
         single_steps: optimiser steps for that single header.
         identify: ask every node who it is before it trains; None asks where it matters: several architectures, a run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from cdfkd_strategy.checkpoint import load_tensors, save_tensors, write_json
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.flower.payload import METRICS
-from cdfkd_strategy.teachers import state_hash
+from cdfkd_strategy.teacher_directory import TeacherSet, write_index
+from cdfkd_strategy.teachers import TeacherSpec, state_hash
+from cdfkd_strategy.types import ImageSpec
 
 _HEADER = "upload"
 
@@ -32,6 +35,7 @@ class Upload:
         sha256: of the weights (`state_hash`).
         num_bytes: of the message's arrays.
         speaks: the client knows this project's records.
+        lasting: the key is the client's own, not a node id, which ends with its node.
         label_counts: disclosed counts per class; None unless opted in.
         metrics: the finite ones of what the client reported.
     """
@@ -43,6 +47,7 @@ class Upload:
     sha256: str
     num_bytes: int
     speaks: bool
+    lasting: bool
     label_counts: tuple[int, ...] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -114,8 +119,31 @@ class Uploads:
             )
         return state
 
+    def write_index(self, keys: Sequence[str], image: ImageSpec, seed: int, config: Mapping[str, Any]) -> None:
+        """Say which uploads are a round's teachers, so that `cdfkd distill --teachers` reads them: nobody need train again for other settings.
+
+        Args:
+            keys: of the clients, in the order of their header slots.
+            image: what the teachers take.
+            seed: of the run.
+            config: of the run, as plain values; empty if it had none.
+        """
+        if self.directory is None:
+            return
+        uploads = [self[key] for key in keys]
+        specs = tuple(TeacherSpec(upload.key, upload.arch, upload.num_examples, upload.sha256) for upload in uploads)
+        disclosed = [list(upload.label_counts) for upload in uploads if upload.label_counts is not None]
+        counts = disclosed if len(disclosed) == len(uploads) else None
+        teachers = TeacherSet(specs, [], image, seed, dict(config), label_counts=counts)
+        write_index(self.directory, teachers, [self._path(key).name for key in keys])
+
+    def drop_strays(self, slots: Container[str]) -> None:
+        """Forget nodes without a header slot. Clients with a key of their own are kept: they go on from their teacher when they return."""
+        for key in [key for key, upload in self._uploads.items() if key not in slots and not upload.lasting]:
+            self.remove(key)
+
     def remove(self, key: str) -> None:
-        """Forget a client whose header slot was given away."""
+        """Forget a client."""
         self._uploads.pop(key, None)
         self._states.pop(key, None)
         if self.directory is not None:

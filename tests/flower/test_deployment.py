@@ -163,7 +163,7 @@ def test_supernodes_with_their_own_images_and_a_server_without_any(federation: F
     student = load_student(out)
     assert (student.student.heads, student.image.num_classes, student.image.mean) == (SITES, 10, (0.3,))
     assert stranger.wait(timeout=60) != 0, federation.logs()
-    assert sorted(path.stem for path in (out / "uploads").glob("*.json")) == [str(site) for site in range(SITES)]
+    assert sorted(path.stem for path in (out / "uploads").glob("[0-9]*.json")) == [str(site) for site in range(SITES)]
     uploads = [json.loads((out / "uploads" / f"{site}.json").read_text()) for site in range(SITES)]
     for site, upload in enumerate(uploads):
         with np.load(tmp_path / f"site{site}.npz") as images:

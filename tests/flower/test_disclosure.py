@@ -14,7 +14,7 @@ from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.distiller import METHODS
 from cdfkd_strategy.flower.apps import serve
-from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, LATER, OPTED_IN
+from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, FAILED, LATER, OPTED_IN
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.types import Needs
 from tests.flower.memory_grid import project_grid, tiny_config, tiny_strategy
@@ -91,13 +91,13 @@ def test_the_table_of_methods_says_all_of_it_for_every_method(capsys: pytest.Cap
 def test_the_strategy_lists_the_same() -> None:
     first, *others = tiny_strategy(fraction_evaluate=0.0).disclosures
     assert all(part in first for part in ALWAYS.values())
-    assert not others
+    assert others == [f"a client that fails: {FAILED} (to the server)"]
     strategy = tiny_strategy()
-    evaluated, student = strategy.disclosures[1:]
+    evaluated, _, student = strategy.disclosures[1:]
     assert all(part in evaluated for part in (*EVALUATED.values(), *ATTENTION.values()))
     assert "class weights of all clients (to every client that evaluates)" in student
     strategy.session.num_rounds = 2
-    later, _, student = strategy.disclosures[1:]
+    later, *_, student = strategy.disclosures[1:]
     assert all(part in later for part in LATER.values())
     assert "(to every client)" in student
     single = tiny_strategy(broadcast="single").disclosures

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message, RecordDict
 
 from cdfkd_strategy.errors import ConfigError, TooFewTeachersError
 from cdfkd_strategy.flower.apps import make_client_app, serve
-from cdfkd_strategy.flower.exchange import wait_for_nodes
+from cdfkd_strategy.flower.exchange import Exchange, wait_for_nodes
 from cdfkd_strategy.run_config import from_values
 from cdfkd_strategy.summary import read_summary
 from tests.flower.memory_grid import MemoryGrid, echo_app, tiny_config, tiny_strategy
@@ -37,6 +39,48 @@ def test_all_nodes_are_waited_for_until_the_deadline_only() -> None:
     started = time.monotonic()
     assert wait_for_nodes(grid, 2, 60, 1) == sorted(grid.nodes)
     assert time.monotonic() - started < 1
+
+
+class Slow(MemoryGrid):
+    """Replies come one by one, at these seconds after the question."""
+
+    def __init__(self, *seconds: float) -> None:
+        super().__init__([echo_app(teacher={"arch": "lenet"})] * len(seconds))
+        self.seconds = list(seconds)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self.pushed = time.monotonic()
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if not self.seconds or time.monotonic() - self.pushed < self.seconds[0]:
+            return []
+        self.seconds.pop(0)
+        return super().pull_messages(message_ids)
+
+
+def question(grid: MemoryGrid) -> list[Message]:
+    return [Message(RecordDict(), dst_node_id=node, message_type="query.hello") for node in grid.nodes]
+
+
+def test_patience_begins_anew_with_every_reply() -> None:
+    grid = Slow(0.0, 0.3, 0.6)
+    assert len(list(Exchange().ask(grid, question(grid), 30, lag=0.5))) == 3, "the last one comes more than a lag after the first"
+    grid, exchange = Slow(0.0, 20.0), Exchange()
+    assert len(list(exchange.ask(grid, question(grid), 30, lag=0.1))) == 1
+    assert exchange.silent == [grid.node(1)]
+
+
+def test_a_node_that_nothing_can_be_sent_to_is_silent() -> None:
+    class Full(MemoryGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            first, *_ = messages
+            return super().push_messages([first])
+
+    strategy = tiny_strategy(identify=False, fraction_evaluate=0.0)
+    grid = Full([echo_app()] * 2)
+    strategy.start(grid, num_rounds=1, timeout=5)
+    assert strategy.rounds[0].silent == [str(grid.node(1))]
 
 
 def test_a_round_goes_on_without_missing_nodes_and_says_how_many(caplog: pytest.LogCaptureFixture) -> None:

@@ -190,10 +190,34 @@ def test_attention_round_trips_and_malformed_parameters_are_refused() -> None:
     assert payload.read_attention(content, 3) == fit
     assert payload.read_metrics(content, Keys()) == RecordDict({"metrics": MetricRecord({"student-accuracy": 0.5, "num-examples": 9})})
     assert payload.read_attention(payload.evaluate_reply({}, 9, None), 3) is None
-    for broken in ({"weight": [1.0, 2.0]}, {"weight": [1.0, 2.0, float("nan")]}, {"weight": 1.0}, {"bias": float("inf")}, {"bias": "x"}, {"num-examples": -1}):
+    for broken in (
+        {"weight": [1.0, 2.0]},
+        {"weight": [1.0, 2.0, float("nan")]},
+        {"weight": 1.0},
+        {"bias": float("inf")},
+        {"bias": "x"},
+        {"bias": 1e300},
+        {"weight": [1.0, 1e39, 1.0]},
+        {"num-examples": -1},
+    ):
         content["attention"] = ConfigRecord({"weight": [1.0, 1.0, 1.0], "bias": 0.0, "num-examples": 3, **broken})
         with pytest.raises(UploadError):
             payload.read_attention(content, 3)
+
+
+def test_metrics_are_capped_and_the_clients_weight_always_stays() -> None:
+    many = MetricRecord({**{f"accuracy-{c}": 0.5 for c in range(100)}, "long": [0.0] * 1000, "x" * 1000: 1.0, "nan": float("nan"), "num-examples": 5000})
+    for kept in (payload.kept_metrics(many, "num-examples", 5000), dict(payload.read_metrics(RecordDict({"metrics": many}), Keys())["metrics"])):  # type: ignore[index]
+        assert kept["num-examples"] == 5000
+        assert len(kept) == payload.MAX_METRICS + 1
+        assert set(kept) == {"num-examples", *(f"accuracy-{c}" for c in range(payload.MAX_METRICS))}
+
+
+def test_a_refusal_does_not_repeat_what_a_client_says_at_any_length() -> None:
+    content = RecordDict({"teacher": ConfigRecord({"num-classes": "9" * 10**6})})
+    with pytest.raises(UploadError) as error:
+        payload.read_identity(content, 10)
+    assert len(str(error.value)) < 200
 
 
 def test_a_client_without_test_samples_reports_none() -> None:

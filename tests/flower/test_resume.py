@@ -24,13 +24,16 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.engine import EngineConfig
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.flower import distillation, session
+from cdfkd_strategy.flower.apps import serve
 from cdfkd_strategy.flower.run_state import RunDirectory
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.flower.uploads import Upload, Uploads
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS
+from cdfkd_strategy.offline import distill_directory, plan
 from cdfkd_strategy.student_io import load_student
+from cdfkd_strategy.summary import read_summary
 from cdfkd_strategy.teachers import state_hash
-from tests.flower.memory_grid import FIRST_NODE, TINY, Killed, MemoryGrid, echo_app, tiny_strategy
+from tests.flower.memory_grid import FIRST_NODE, TINY, Killed, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
 ROUNDS = 2
 APPS = [echo_app(teacher={"arch": "lenet"})] * 2 + [echo_app(teacher={"arch": "lenet_bn"})]
@@ -101,7 +104,7 @@ def test_killed_at_seeded_moments_the_resumed_run_gives_the_same_student_and_ask
         with pytest.raises(Killed):
             start(run_dir)
         moments.arm(None)
-        stored = {path.stem: json.loads(path.read_text())["round"] for path in (run_dir / "uploads").glob("*.json")} if (run_dir / "uploads").exists() else {}
+        stored = {path.stem: json.loads(path.read_text())["round"] for path in run_dir.glob("uploads/[0-9]*.json")}
         strategy, grid, result = start(run_dir, resume=True, first_node=FIRST_NODE * 3)
         assert digest(run_dir) == digest(tmp_path / "whole"), number
         asked = [(content["config"]["server-round"], str(partition)) for content, partition in zip(grid.contents("train"), grid.asked("train"), strict=True)]
@@ -319,10 +322,36 @@ def test_the_run_directory_holds_a_loadable_student_and_nothing_unbounded(tmp_pa
     assert names == {
         *(f"uploads/{key}.{kind}" for key in "012" for kind in ("json", "safetensors")),
         *(f"checkpoint{kind}/state.{end}" for kind in ("", ".previous") for end in ("json", "safetensors")),
-        *("state.json", "student.json", "student.safetensors", "generator.safetensors", "losses.csv", "losses-round1.csv", "losses-round2.csv"),
+        *("state.json", "student.json", "student.safetensors", "generator.safetensors", "synthetic.safetensors", "uploads/teachers.json"),
+        *("losses.csv", "losses-round1.csv", "losses-round2.csv"),
     }
     assert strategy.teachers is not None
     assert load_student(tmp_path).weights.numpy() == pytest.approx(strategy.teachers.weights.numpy(), abs=1e-6)
+
+
+def test_a_run_directory_belongs_to_one_process(repository: Path, tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    (tmp_path / "run" / ".state.json.tmp").write_text("half")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom cdfkd_strategy.errors import CheckpointError\nfrom cdfkd_strategy.flower.run_state import RunDirectory\n"
+        "try:\n    RunDirectory(Path(sys.argv[1]), resume=True)\nexcept CheckpointError as error:\n    print(error)\n"
+    )
+    other = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], cwd=repository, capture_output=True, text=True, check=True)
+    assert "another process works in the run directory" in other.stdout
+    assert (tmp_path / "run" / ".state.json.tmp").exists(), "it has deleted a file of the process that works there"
+
+
+def test_the_teachers_of_a_run_can_be_distilled_again_with_other_settings(tmp_path: Path) -> None:
+    config = tiny_config(server={"rounds": 2, "weights": "label_counts", "node_wait": 0.2})
+    strategy = serve(project_grid(config), config, tmp_path / "run", resume=False)
+    work = plan(tmp_path / "run" / "uploads", ["method.student_lr=0.01", "method.epochs=1"])
+    assert (work.config.method["student_lr"], work.config.data, work.config.clients) == (0.01, config.data, config.clients)
+    assert work.teachers.specs == strategy.teachers.specs  # type: ignore[union-attr]
+    assert work.teachers.label_counts == [list(strategy.session.uploads[key].label_counts or ()) for key in "012"]
+    distill_directory(work, tmp_path / "again")
+    (first, second), (again,) = (read_summary(tmp_path / name)["rounds"] for name in ("run", "again"))
+    assert again["accuracy"]["teachers"] == second["accuracy"]["teachers"] != first["accuracy"]["teachers"]
+    assert again["accuracy"]["ensemble_oracle"] == second["accuracy"]["ensemble_oracle"]
 
 
 def test_a_directory_that_is_not_empty_needs_resume(tmp_path: Path) -> None:
@@ -427,6 +456,6 @@ def test_an_upload_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monke
     monkeypatch.setattr(Path, "replace", replace)
     uploads = Uploads(tmp_path)
     state = {"weight": torch.arange(6.0).reshape(2, 3).t()}
-    uploads.put(Upload("0", "lenet", 5, 1, state_hash(state), 24, True), state)
+    uploads.put(Upload("0", "lenet", 5, 1, state_hash(state), 24, True, True), state)
     assert synced
     assert torch.equal(Uploads(tmp_path).load("0")["weight"], state["weight"])

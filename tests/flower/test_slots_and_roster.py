@@ -73,6 +73,11 @@ def test_who_does_not_know_the_question_is_a_client_and_who_fails_at_it_is_refus
     assert "could not say who it is (code 2)" in refused["7"]
     assert "start the SuperNode with data-path" in refused["7"]
     assert roster.unknown(range(5, 10)) == [9]  # it is asked again
+    answer(9, 8, "ClientApp stopped responding.")
+    assert roster.unknown(range(5, 10)) == [9]
+    roster.pardon()
+    assert roster.unknown(range(5, 10)) == [7, 8, 9]  # in the next round: whoever was put right takes part
+    assert roster.refused(range(5, 10)) == {}
 
 
 def test_sampling_is_seeded_and_depends_on_keys_only() -> None:

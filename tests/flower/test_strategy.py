@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError, TooFewTeachersError
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.student_io import load_student
+from cdfkd_strategy.teachers import state_hash
 from cdfkd_strategy.types import Needs
 from tests.flower.memory_grid import FIRST_NODE, IMAGE, TINY, MemoryGrid, echo_app, tiny_strategy
 
@@ -277,6 +281,58 @@ def test_single_broadcast_sends_one_header() -> None:
     assert all(torch.equal(strategy.single.state_dict()[name], tensor) for name, tensor in trunk.items())
 
 
+@pytest.mark.parametrize("method", ["deep_inversion", "rdskd"])
+def test_a_single_header_learns_from_the_methods_own_images(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = METHODS[method]
+    drawn, sample = [], cls.sample
+    monkeypatch.setattr(cls, "sample", lambda self, count, rng: drawn.append(count) or sample(self, count, rng))
+    strategy, _, _ = run(
+        [echo_app(teacher={"arch": "lenet_bn"})] * 2,
+        architecture="lenet_bn", method=method, method_config=cls.Config.toy(), broadcast="single", single_steps=2,
+    )  # fmt: skip
+    assert strategy.single is not None
+    assert drawn == [128, 128]
+
+
+class Blind(METHODS["cdfkd_mfs"]):  # type: ignore[misc]
+    """A method without synthetic images to show."""
+
+    name = "blind"
+
+    def sample(self, count: int, rng: torch.Generator) -> None:
+        return None
+
+
+def test_without_images_there_is_no_single_header_and_the_student_is_kept(tmp_path: Path) -> None:
+    strategy = tiny_strategy(method=Blind, broadcast="single", run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="'blind' has no synthetic images to distil it with; accepted with it: broadcast='heads'"):
+        strategy.start(MemoryGrid([echo_app(teacher={"arch": "lenet"})] * 2), num_rounds=1, timeout=5)
+    assert load_student(tmp_path).student.heads == 2
+
+
+def test_a_client_that_was_not_drawn_goes_on_from_its_own_teacher() -> None:
+    """Two of four clients train in a round, and teachers are used in their round only: in time others take all slots."""
+    grid = MemoryGrid([echo_app(teacher={"arch": "lenet"})] * 4)
+    strategy = tiny_strategy(fraction_train=0.5, max_teacher_age=0, fraction_evaluate=0.0, weights="uniform")
+    started: dict[int, list[tuple[int, bool]]] = {}
+    uploaded: dict[int, str] = {}
+
+    def edit(node: int, reply: Message) -> Message:
+        if reply.metadata.message_type == "train":
+            received = next(content for kind, to, content in reversed(grid.log) if (kind, to) == ("train", node))["arrays"]
+            its_own = state_hash(received.to_torch_state_dict()) == uploaded.get(node)  # type: ignore[union-attr]
+            started.setdefault(node, []).append((strategy.session.state.round, its_own))
+            uploaded[node] = state_hash(reply.content["arrays"].to_torch_state_dict())  # type: ignore[union-attr]
+        return reply
+
+    grid.edit = edit
+    strategy.start(grid, num_rounds=6, timeout=5)
+    assert len(strategy.session.state.slots) == 2, "slots were given away"
+    again = [(now - before, own) for rounds in started.values() for (before, _), (now, own) in itertools.pairwise(rounds)]
+    assert any(gap > 1 for gap, _ in again)
+    assert all(own for _, own in again)
+
+
 def test_fractions_sample_clients() -> None:
     _, grid, _ = run([echo_app(teacher={"arch": "lenet"})] * 4, rounds=2, fraction_train=0.5, fraction_evaluate=0.0)
     first, second = grid.asked("train")[:2], grid.asked("train")[2:]
@@ -324,7 +380,7 @@ def test_settings_are_checked_when_the_strategy_is_made(choices: dict[str, Any],
 def test_disclosures_are_listed(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flwr").propagate = True
     plain = tiny_strategy(fraction_evaluate=0.0)
-    assert len(plain.disclosures) == 1
+    assert len(plain.disclosures) == 2
     assert not any("label counts" in line for line in tiny_strategy().disclosures)
     opted = tiny_strategy(weights="label_counts")
     assert any("label counts" in line for line in opted.disclosures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from cdfkd_strategy.errors import UploadError
 from cdfkd_strategy.flower.architectures import Architectures
@@ -33,6 +34,14 @@ def test_absurd_weights_are_refused(size: float) -> None:
         known.try_out("lenet", state, Needs(), "auto")
 
 
+def test_batch_norm_statistics_that_would_overflow_are_refused() -> None:
+    """Logits and competence do not show them; the method's distance from the statistics does."""
+    known = architectures()
+    state = {name: torch.full_like(tensor, 3e38) if name.endswith("running_var") else tensor for name, tensor in known.initial("lenet_bn").items()}
+    with pytest.raises(UploadError, match="distances from its BatchNorm statistics on random images are not finite"):
+        known.try_out("lenet_bn", state, Needs(), "auto")
+
+
 def test_a_network_without_what_the_method_needs_is_refused() -> None:
     known = architectures()
     with pytest.raises(UploadError, match="the method needs batch_norm of every teacher; a lenet does not have that"):
@@ -58,6 +67,18 @@ def test_an_architecture_that_was_not_offered_is_refused() -> None:
         architectures().build("vgg19")
     with pytest.raises(UploadError, match=r"accepted: lenet_bn$"):
         Architectures("lenet_bn", None, IMAGE, seed=0).build("lenet")
+
+
+def test_a_users_own_network_is_never_taken_for_a_registered_one() -> None:
+    """Its name is that of the student's backbone, and its tensors are others."""
+
+    def lenet_bn() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+    strategy = tiny_strategy(architecture=lenet_bn, student="lenet_bn")
+    strategy.start(MemoryGrid([echo_app()] * 2), num_rounds=1, timeout=5)
+    assert [spec.arch for spec in strategy.teachers.specs] == ["own lenet_bn"] * 2  # type: ignore[union-attr]
+    assert strategy.options.settings()["architecture"] == "own lenet_bn"
 
 
 def test_a_restarted_node_gets_its_key_when_the_old_one_is_gone() -> None:
