@@ -99,7 +99,8 @@ class Roster:
         key = str(node if partition is None else partition)
         if known is not None and known.speaks:
             if partition is not None and key != known.key:
-                raise UploadError(f"node {node} says it is client {key}, but it was client {known.key} before")
+                del self._clients[node]  # it may have been started anew, and put right: it is asked again
+                raise UploadError(f"node {node} says it is client {key}, but it was client {known.key} when it was asked to train; it is asked anew who it is")
             return known
         holder = next((client.node for client in self._clients.values() if client.key == key and client.node != node), None)
         if holder is not None:

@@ -44,10 +44,12 @@ def test_a_client_is_known_by_its_partition_and_keeps_its_key() -> None:
     assert roster.enter(77, Identity("lenet", 3)) == Client(77, "3", "lenet", True)
     assert roster.enter(78, None) == Client(78, "78")
     assert roster.enter(78, Identity(None, 1)) == Client(78, "1", None, True)  # its reply said more than its silence
-    with pytest.raises(UploadError, match="was client 3 before"):
-        roster.enter(77, Identity("lenet", 4))
     with pytest.raises(UploadError, match="which is node 77"):
         roster.enter(79, Identity("lenet", 3))
+    with pytest.raises(UploadError, match="was client 3 when it was asked to train"):
+        roster.enter(77, Identity("lenet", 4))
+    assert roster.unknown([77]) == [77]  # the next round knows it by the new key
+    roster.enter(77, Identity("lenet", 3))
     roster.forget([78, 79])  # node 77 is gone: it restarted as 79
     assert roster.enter(79, Identity("lenet", 3)).key == "3"
     assert [client.key for client in roster.clients([79, 78])] == ["1", "3"]
