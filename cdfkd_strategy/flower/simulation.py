@@ -31,7 +31,7 @@ def simulate(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         resume: continue the run that was interrupted there.
 
     Raises:
-        ConfigError: the configuration names no data set, so that the simulated clients would have no images.
+        ConfigError: the configuration names no data set, so that the simulated clients would have no images, or a device that is not there.
         MissingExtraError: Ray is not installed.
         CDFKDError: whatever keeps the run from going on.
     """
@@ -42,6 +42,8 @@ def simulate(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         )
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("Flower's simulation (cdfkd run)", "simulation")
+    if not resume:
+        config.engine.runtime()  # a device that is not there is said before Ray takes its time to start
     from flwr.simulation import run_simulation
 
     server_app, client_app = make_server_app(config, out=out, resume=resume), make_client_app(config)

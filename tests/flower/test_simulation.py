@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cdfkd_strategy.config import to_dict
-from cdfkd_strategy.errors import MissingExtraError
+from cdfkd_strategy.errors import ConfigError, MissingExtraError
 from cdfkd_strategy.flower.apps import serve
 from cdfkd_strategy.flower.simulation import simulate
 from cdfkd_strategy.summary import read_summary
@@ -52,3 +52,9 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "ray" else find(name, package))
     with pytest.raises(MissingExtraError, match=r'pip install "cdfkd-strategy\[simulation\]"'):
         simulate(tiny_config(), tmp_path)
+
+
+def test_a_device_that_is_not_there_is_said_before_ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("flwr.simulation.run_simulation", lambda *_, **__: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match="engine.device is 'cuda:77'"):
+        simulate(tiny_config(engine={"device": "cuda:77"}), tmp_path)
