@@ -56,5 +56,5 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_device_that_is_not_there_is_said_before_ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("flwr.simulation.run_simulation", lambda *_, **__: pytest.fail("Ray was started"))
-    with pytest.raises(ConfigError, match="engine.device is 'cuda:77'"):
+    with pytest.raises(ConfigError, match=r"engine\.device is 'cuda:77'"):
         simulate(tiny_config(engine={"device": "cuda:77"}), tmp_path)
