@@ -232,7 +232,7 @@ def read_attention(content: RecordDict, num_classes: int) -> AttentionFit | None
     weight, bias = record.get(WEIGHT), record.get(BIAS)
     numbers = [*weight, bias] if isinstance(weight, list) else []
     if len(numbers) != num_classes + 1 or not all(isinstance(number, float) and abs(number) <= MAX_PARAMETER for number in numbers):
-        raise UploadError(f"the attention parameters are {weight!r:.60} and {bias!r:.30}; accepted: {num_classes} and one floats up to {MAX_PARAMETER:.0e}")
+        raise UploadError(f"the attention parameters are {weight!r:.60} and {bias!r:.30}; accepted: {num_classes} floats and one, up to {MAX_PARAMETER:.0e}")
     return AttentionFit(tuple(weight), bias, read_num_examples(record))  # type: ignore[arg-type]
 
 
