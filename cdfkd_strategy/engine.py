@@ -33,7 +33,7 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 SYNTHETIC_FILE = "synthetic.safetensors"
 KEPT_IMAGES = 64
-"""Synthetic images that a run directory keeps to look at."""
+"""Synthetic images that a run directory keeps to look at: a square grid."""
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DPI = 100
-GRID = 8
-"""Synthetic images per side of the grid."""
 MAX_NAMES = 25
 """Classes above which class names are left off the axes."""
 LINES = {

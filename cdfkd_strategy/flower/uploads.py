@@ -16,7 +16,7 @@ from cdfkd_strategy.checkpoint import load_tensors, save_tensors, write_json
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.flower.payload import METRICS
-from cdfkd_strategy.teacher_directory import TeacherSet, write_index
+from cdfkd_strategy.teacher_directory import INDEX, TeacherSet, write_index
 from cdfkd_strategy.teachers import TeacherSpec, state_hash
 from cdfkd_strategy.types import ImageSpec
 
@@ -99,6 +99,7 @@ class Uploads:
         else:
             path = self._path(upload.key)
             path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / INDEX).unlink(missing_ok=True)  # it is of the last round
             # one metadata key: safetensors writes several in any order, and equal uploads must give equal files
             save_tensors(path, state, {_HEADER: json.dumps(to_dict(upload))})
             write_json(path.with_suffix(".json"), to_dict(upload))

@@ -352,6 +352,10 @@ def test_the_teachers_of_a_run_can_be_distilled_again_with_other_settings(tmp_pa
     (first, second), (again,) = (read_summary(tmp_path / name)["rounds"] for name in ("run", "again"))
     assert again["accuracy"]["teachers"] == second["accuracy"]["teachers"] != first["accuracy"]["teachers"]
     assert again["accuracy"]["ensemble_oracle"] == second["accuracy"]["ensemble_oracle"]
+    upload = strategy.session.uploads["0"]
+    strategy.session.uploads.put(upload, strategy.session.uploads.load("0"))  # the next round has begun
+    with pytest.raises(CheckpointError, match=r"holds no teachers\.json"):
+        plan(tmp_path / "run" / "uploads", [])
 
 
 def test_a_directory_that_is_not_empty_needs_resume(tmp_path: Path) -> None:
