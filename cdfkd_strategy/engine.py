@@ -19,7 +19,8 @@ from cdfkd_strategy.checkpoint import has_state, load_state, save_state, save_te
 from cdfkd_strategy.collapse import CollapseWatch
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
+from cdfkd_strategy.engine_config import EngineConfig
+from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.history import losses_csv
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.progress import Progress
@@ -34,85 +35,6 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 SYNTHETIC_FILE = "synthetic.safetensors"
 KEPT_IMAGES = 64
 """Synthetic images that a run directory keeps to look at: a square grid."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How a distillation is run; none of it changes the mathematics of an epoch.
-
-    What bits depend on is resolved once, recorded, and kept by later starts of the same run (`continued`).
-
-    Args:
-        device: "auto" (the first CUDA device, else the CPU) or a torch device string. Bits depend on it.
-        threads: intra-op CPU threads; 0 leaves torch's choice. Bits depend on it.
-        channels_last: memory layout of images and weights.
-        max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so. A run that is
-            resumed with a higher one goes on.
-        checkpoint_every: epochs between checkpoints (the last epoch always has one).
-        evaluate_every: epochs between calls of ``evaluate`` (the last epoch always has one); 0 is only the last.
-        watch_images: synthetic images of the collapse watch, once per epoch; 0 turns it off.
-        progress: show a progress bar when standard error is a terminal.
-    """
-
-    device: str = "auto"
-    threads: int = 0
-    channels_last: bool = True
-    max_seconds: float | None = None
-    checkpoint_every: int = 1
-    evaluate_every: int = 0
-    watch_images: int = 64
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"engine.checkpoint_every is {self.checkpoint_every}; accepted: at least 1")
-        if self.device != "auto":
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise ConfigError(f"engine.device is {self.device!r}; accepted: auto, cpu, cuda, cuda:<n>") from error
-
-    def is_over(self, seconds: float) -> bool:
-        """Has a distillation that took so many seconds reached ``max_seconds``?"""
-        return self.max_seconds is not None and seconds >= self.max_seconds
-
-    def runtime(self) -> Runtime:
-        """The resolved choices for this machine.
-
-        Raises:
-            ConfigError: a CUDA device is asked for, and torch sees none. (Reading a configuration needs no device.)
-        """
-        runtime = Runtime.auto(self.device, channels_last=self.channels_last, **({"threads": self.threads} if self.threads else {}))
-        if not runtime.is_available:
-            raise ConfigError(f"engine.device is {self.device!r}, but torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); use auto or cpu")
-        return runtime
-
-    def continued(self, began: Runtime) -> Runtime:
-        """The runtime of a run that is continued: the one it began with, because another one would change its bits.
-
-        Only where that one's device is gone, a device that this configuration names (not "auto") takes its place.
-
-        Args:
-            began: what the run's first start resolved.
-
-        Raises:
-            CheckpointError: the device is gone, and this configuration names no other.
-            ConfigError: it names one that is not there either.
-        """
-        if began.is_available:
-            asked = {"device": self.device, "threads": self.threads}
-            unused = [f"engine.{name}={value}" for name, value in asked.items() if value not in ("auto", 0, getattr(began, name))]
-            if unused:
-                logger.info("%s: not used, the run goes on as it began, on %s with %d threads", ", ".join(unused), began.device, began.threads)
-            return began
-        if self.device in ("auto", began.device):
-            raise CheckpointError(
-                f"the run was started on {began.device!r}, which torch does not see here; continue it on a machine that has it, "
-                "or accept another result and name a device that is here (engine.device=cpu)"
-            )
-        runtime = dataclasses.replace(began, device=self.runtime().device)
-        logger.warning("the run was started on %s, which is gone; it goes on on %s, to another result than without interruption", began.device, runtime.device)
-        return runtime
 
 
 class DistillResult(NamedTuple):
@@ -214,10 +136,10 @@ def distill(
     if runtime.channels_last and not teachers.accepts_channels_last():
         logger.info("a teacher cannot take images in the channels-last layout; distilling without it")
         runtime = dataclasses.replace(runtime, channels_last=False)
+    runtime = engine.recomputing(runtime, len(teachers))
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    with runtime.scope():
-        teachers, student = runtime.place(teachers), runtime.place(student)
+    with runtime.scope(), teachers.prepared(runtime, engine.resident_teachers), runtime.computing(student):
         with seeding.seeded_scope("distiller", seed):
             declared = {"extras": given} if given.tensors() else {}
             distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime, **declared)

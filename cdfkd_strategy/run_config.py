@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
 from cdfkd_strategy.config import bind, load_yaml, override, to_dict
 from cdfkd_strategy.data.datasets import DataConfig
-from cdfkd_strategy.engine import EngineConfig
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method

@@ -1,4 +1,4 @@
-"""Where and how a distillation computes: device, memory layout, threads, and drawing z. Methods ask it and hold no fast-path code.
+"""Where and how a distillation computes: device, memory layout, precision, threads, and drawing z. Methods ask it and hold no fast-path code.
 
 What is reproducible, with the same library versions:
 
@@ -15,15 +15,16 @@ A run that is continued keeps the runtime it began with, so that an interruption
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cdfkd_strategy import seeding
+from cdfkd_strategy import freed_memory, seeding
 from cdfkd_strategy.config import bind
+from cdfkd_strategy.precision import Precision, as_it_was, keep_depthwise_full, measured_precision
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,18 +37,37 @@ class Runtime:
         device: torch device string ("cpu", "cuda", "cuda:1").
         channels_last: keep 4-D weights and images channels-last (NHWC), the layout that convolutions prefer.
         threads: intra-op CPU threads; 0 leaves torch's choice.
+        precision: of convolutions and matrix products; statistics, losses, weights and optimisers are in float32 anyway.
+        fold: compute teachers in inference form, with their BatchNorm folded into convolutions, where nothing looks at the BatchNorm layers.
+        recompute: keep no activations of teachers for the backward pass, and compute every teacher once more in it, one at a time:
+            memory then does not grow with their number.
     """
 
     device: str = "cpu"
     channels_last: bool = True
     threads: int = 0
+    precision: Precision = "float32"
+    fold: bool = False
+    recompute: bool = False
 
     @classmethod
-    def auto(cls, device: str = "auto", **choices: Any) -> Runtime:
-        """Resolve ``device="auto"`` to the first CUDA device, or the CPU; the thread count is recorded as it is."""
+    def auto(cls, device: str = "auto", precision: Precision | Literal["auto"] = "auto", **choices: Any) -> Runtime:
+        """Resolve what is left open.
+
+        Args:
+            device: "auto" is the first CUDA device, or the CPU.
+            precision: "auto" is what `measured_precision` finds.
+            choices: the other values; without one, the thread count is recorded as it is.
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(device=device, **{"threads": torch.get_num_threads(), **choices})
+        runtime = cls(device=device, **{"threads": torch.get_num_threads(), **choices})
+        if precision != "auto":
+            return replace(runtime, precision=precision)
+        if not runtime.is_available:
+            return runtime
+        with runtime.scope():
+            return replace(runtime, precision=measured_precision(device))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Runtime:
@@ -64,18 +84,42 @@ class Runtime:
         device = torch.device(self.device)
         return device.type != "cuda" or (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count())
 
+    @property
+    def keeps_depthwise_full(self) -> bool:
+        """Are depthwise convolutions better off in float32 here?"""
+        return self.precision == "bfloat16" and torch.device(self.device).type == "cpu"
+
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Compute inside the block with this runtime's threads and, on CUDA, with deterministic kernels; settings are restored afterwards."""
+        """Compute inside the block with this runtime's threads and, on CUDA, with deterministic kernels; on the CPU, freed memory is kept.
+
+        Settings are restored afterwards.
+        """
         on_cuda = torch.device(self.device).type == "cuda"
-        with seeding.threads(self.threads or torch.get_num_threads()), seeding.deterministic_kernels() if on_cuda else nullcontext():
+        with seeding.threads(self.threads or torch.get_num_threads()), seeding.deterministic_kernels() if on_cuda else freed_memory.kept():
             yield
+
+    def autocast(self) -> torch.autocast:
+        """Run networks inside the block in this runtime's precision. Losses and backward passes stay outside.
+
+        Nothing is cached: a block may hold many optimiser steps, and weights that were cast before one are old after it.
+        """
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False)
 
     def place(self, module: M) -> M:
         """Move a module to the device, in the layout of this runtime, in place."""
         if self.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.to(self.device)
+
+    @contextmanager
+    def computing(self, module: M) -> Iterator[M]:
+        """`place` a module, and let it compute as fast as it can inside the block; afterwards it is an ordinary module on the device."""
+        changed = keep_depthwise_full(module) if self.keeps_depthwise_full else []
+        try:
+            yield self.place(module)
+        finally:
+            as_it_was(changed)
 
     def images(self, batch: Tensor) -> Tensor:
         """Move a batch of images ``[B, channels, H, W]`` to the device, in the layout of this runtime."""

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.losses.statistics import batch_norm_distance
 from cdfkd_strategy.models.classifiers import final_linear
 from cdfkd_strategy.models.head_fusion import class_weights, fuse, weighted
+from cdfkd_strategy.precision import full
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.teacher_forms import TeacherForms
 from cdfkd_strategy.types import ImageSpec, TeacherOutputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,7 @@ class TeacherEnsemble(nn.Module):
         self.nets = nn.ModuleList(models).eval().requires_grad_(False)
         uniform = torch.ones(len(models))
         self.register_buffer("weights", class_weights(uniform if weights is None else weights, len(models), image.num_classes))
-        self._norms = [[m for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in self.nets]
-        self._linears = [final_linear(net, image.num_classes) for net in self.nets]
+        self._forms = TeacherForms(image, Runtime(channels_last=False))
         self.train(False)
 
     def __len__(self) -> int:
@@ -83,12 +90,12 @@ class TeacherEnsemble(nn.Module):
     @property
     def has_batch_norm(self) -> tuple[bool, ...]:
         """Per teacher: does it have a BatchNorm2d layer with running statistics?"""
-        return tuple(any(norm.track_running_stats for norm in norms) for norms in self._norms)
+        return tuple(any(isinstance(part, nn.BatchNorm2d) and part.track_running_stats for part in net.modules()) for net in self.nets)
 
     @property
     def has_features(self) -> tuple[bool, ...]:
         """Per teacher: is there a linear classifier whose input can serve as features?"""
-        return tuple(linear is not None for linear in self._linears)
+        return tuple(final_linear(net, self.image.num_classes) is not None for net in self.nets)
 
     @property
     def is_uniform(self) -> bool:
@@ -106,6 +113,15 @@ class TeacherEnsemble(nn.Module):
             return self
         some = TeacherEnsemble([self.nets[k] for k in chosen], image=self.image, specs=[self.specs[k] for k in chosen])
         some.weights = self.weights[list(chosen)]
+        some._forms = self._forms
+        return some
+
+    def drawn(self, chosen: Sequence[int]) -> TeacherEnsemble:
+        """`only` with class weights that sum to 1 again, for a step that some teachers take part in. A class that none of them knows is shared equally."""
+        some = self.only(chosen)
+        if some is not self:
+            weights = some.weights.clamp_min(torch.finfo(some.weights.dtype).tiny)
+            some.weights = weights / weights.sum(0)
         return some
 
     @torch.no_grad()
@@ -128,9 +144,27 @@ class TeacherEnsemble(nn.Module):
         """Teachers stay in eval mode."""
         return super().train(False)
 
+    @contextmanager
+    def prepared(self, runtime: Runtime, resident: int = 0) -> Iterator[TeacherEnsemble]:
+        """Compute inside the block on the runtime's device and as it says; results stay the same up to rounding.
+
+        Weights must not change inside: working copies would not follow. They are dropped at the end; the device is kept.
+
+        Args:
+            runtime: device, layout, precision; whether BatchNorm is folded, and whether teachers are computed a second time in the backward pass.
+            resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all.
+        """
+        self.weights = self.weights.to(runtime.device)
+        before, self._forms = self._forms, TeacherForms(self.image, runtime, resident)
+        try:
+            with nullcontext() if resident else runtime.computing(self):
+                yield self
+        finally:
+            self._forms = before
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[K, B, C]`` of normalised images, differentiable in the images only."""
-        return torch.stack([net(images) for net in self.nets])
+        return torch.stack([self._recomputed(self._logits, net, images) for net in self.nets])
 
     def fused(self, images: Tensor) -> Tensor:
         """Log-probabilities ``[B, C]`` of the weighted ensemble (`fuse` with this ensemble's weights)."""
@@ -144,22 +178,32 @@ class TeacherEnsemble(nn.Module):
             bn: compute the distances: the batch statistics of every BatchNorm2d input, in float32. Without them it
                 costs what `forward` costs, and ``bn`` is None for every teacher.
         """
-        logits, features, distances = [], [], []
-        for net, norms, linear in zip(self.nets, self._norms, self._linears, strict=True):
-            layers: list[Tensor] = []
-            seen: list[Tensor] = []
-            hooks = [
-                norm.register_forward_pre_hook(lambda module, inputs, into=layers: into.append(batch_norm_distance(module, inputs[0])))
-                for norm in norms
-                if bn and norm.track_running_stats
-            ]
-            if linear is not None:
-                hooks.append(linear.register_forward_pre_hook(lambda module, inputs, into=seen: into.append(inputs[0])))
-            try:
-                logits.append(net(images))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            features.append(seen[-1] if seen else None)
-            distances.append(torch.stack(layers) if layers else None)
-        return TeacherOutputs(torch.stack(logits), tuple(features), tuple(distances))
+        logits, features, distances = zip(*(self._recomputed(self._observe, net, images, bn) for net in self.nets), strict=True)
+        return TeacherOutputs(torch.stack(logits), features, distances)
+
+    def _logits(self, net: nn.Module, images: Tensor) -> Tensor:
+        with self._forms.runtime.autocast():
+            return full(self._forms.get(net, observed=False).net(images))
+
+    def _observe(self, original: nn.Module, images: Tensor, bn: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits ``[B, C]``, features ``[B, D_k]`` and distances ``[L_k]`` of one teacher."""
+        net, linear = self._forms.get(original, observed=bn)
+        norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats] if bn else []
+        layers: list[Tensor] = []
+        seen: list[Tensor] = []
+        hooks = [norm.register_forward_pre_hook(lambda module, inputs: layers.append(batch_norm_distance(module, inputs[0]))) for norm in norms]
+        if linear is not None:
+            hooks.append(linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+        try:
+            with self._forms.runtime.autocast():
+                logits = net(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return full(logits), full(seen[-1]) if seen else None, torch.stack(layers) if layers else None
+
+    def _recomputed(self, function: Callable[..., T], net: nn.Module, images: Tensor, *more: Any) -> T:
+        """``function(net, images, ...)``; its activations are computed anew in the backward pass if the runtime says so."""
+        if not (self._forms.runtime.recompute and torch.is_grad_enabled() and images.requires_grad):
+            return function(net, images, *more)
+        return checkpoint(function, net, images, *more, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cdfkd_strategy.collapse import CollapseWatch
-from cdfkd_strategy.engine import EngineConfig, distill
+from cdfkd_strategy.engine import distill
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
 from cdfkd_strategy.methods.deep_inversion import DeepInversionConfig
 from cdfkd_strategy.methods.rdskd import RDSKDConfig

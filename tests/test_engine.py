@@ -16,7 +16,8 @@ from torch import nn
 from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import load_tensors
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.engine import KEPT_IMAGES, SYNTHETIC_FILE, DistillResult, EngineConfig, distill
+from cdfkd_strategy.engine import KEPT_IMAGES, SYNTHETIC_FILE, DistillResult, distill
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError, NeedsError, UnknownNameError
 from cdfkd_strategy.methods.rdskd import RDSKDConfig
 from cdfkd_strategy.models.classifiers import build_classifier
@@ -312,7 +313,7 @@ def test_a_resumed_run_keeps_the_runtime_it_began_with(tmp_path: Path, monkeypat
         resumed = run(tmp_path, cls=Watching, engine={"threads": 3}, resume=True)
     assert Watching.seen == [(1, False)] * 4
     assert resumed.runtime.threads == 1
-    assert "engine.threads=3: not used, the run goes on as it began, on cpu with 1 threads" in caplog.text
+    assert "engine.threads=3: not used, the run goes on as it began, Runtime(device='cpu', channels_last=True, threads=1" in caplog.text
 
 
 def test_a_device_that_is_gone_can_only_be_replaced_by_a_named_one(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.engine import EngineConfig, distill
+from cdfkd_strategy.engine import distill
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import CheckpointError, NeedsError
 from cdfkd_strategy.teachers import state_hash
 from cdfkd_strategy.types import Extras, Needs

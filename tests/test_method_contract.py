@@ -25,7 +25,8 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import load_state, save_state
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.engine import DistillResult, EngineConfig, distill
+from cdfkd_strategy.engine import DistillResult, distill
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import CheckpointError, NeedsError
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.generators import GeneratorConfig

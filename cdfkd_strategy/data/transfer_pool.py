@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,16 @@ class TransferPool:
         pixels = (self.image.to_pixels(images.detach().float()) * 255).round().to(torch.uint8).cpu()
         rows = None if logits is None else logits.detach().float().cpu()
         self._append(pixels[-self.capacity :], None if rows is None else rows[-self.capacity :])
+
+    def label(self, function: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        """Put ``function(images)`` beside all images, in place of what was there.
+
+        Args:
+            function: normalised images ``[B, channels, H, W]`` on the CPU to rows ``[B, ...]``, on any device.
+            batch_size: images per call.
+        """
+        rows = [function(self.at(positions)).detach().float().cpu() for positions in torch.arange(len(self)).split(batch_size)]
+        self._logits = torch.cat(rows) if rows else None
 
     def _append(self, pixels: Tensor, rows: Tensor | None) -> None:
         """Fill up to the capacity, then overwrite from the oldest; at most ``capacity`` rows come."""

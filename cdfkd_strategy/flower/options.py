@@ -13,7 +13,7 @@ from torch import nn
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.engine import EngineConfig
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
 from cdfkd_strategy.flower.architectures import architecture_name
 from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, FAILED, LATER, OPTED_IN, needed

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from cdfkd_strategy.distiller import Distiller
-from cdfkd_strategy.engine import EngineConfig
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.averages import mean_metrics
 from cdfkd_strategy.flower.options import MetricsAggregation, Options

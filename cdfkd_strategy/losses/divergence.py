@@ -1,4 +1,4 @@
-"""How far the student is from the teachers: L1 on logits, L1 on features, and Kullback-Leibler divergences."""
+"""How far the student is from the teachers: L1 on logits, L1 on features, and Kullback-Leibler divergences. Half precision is raised to float32."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cdfkd_strategy.precision import full
+
 
 def logit_l1(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean absolute difference of logits, over every dimension: for ``[K, B, C]`` it is ``(1/K) sum_k mean|S_k - T_k|``.
 
     The discrepancy of DFAD (arXiv:1912.11006) and the adversarial term of CDFKD-MFS (arXiv:2205.11845).
     """
-    return (student - teacher).abs().mean()
+    return (full(student) - full(teacher)).abs().mean()
 
 
 def mean_logit_l1(student: Tensor, teacher: Tensor) -> Tensor:
     """``mean|avg_k S_k - avg_k T_k|`` of logits ``[K, B, C]``: CDFKD-MFS's ensemble term, which knows no weights."""
-    return (student.mean(0) - teacher.mean(0)).abs().mean()
+    return (full(student).mean(0) - full(teacher).mean(0)).abs().mean()
 
 
 def feature_l1(student: Tensor, teacher: Sequence[Tensor | None]) -> Tensor:
@@ -29,7 +31,8 @@ def feature_l1(student: Tensor, teacher: Sequence[Tensor | None]) -> Tensor:
         student: ``[K, B, D]``.
         teacher: K tensors ``[B, D]``; teachers that are None or of another width are left out of the sum.
     """
-    terms = [(mine - theirs).abs().sum(-1).mean() for mine, theirs in zip(student, teacher, strict=True) if theirs is not None and theirs.shape == mine.shape]
+    pairs = [(full(mine), full(theirs)) for mine, theirs in zip(student, teacher, strict=True) if theirs is not None and theirs.shape == mine.shape]
+    terms = [(mine - theirs).abs().sum(-1).mean() for mine, theirs in pairs]
     return torch.stack(terms).sum() / student.shape[0] if terms else student.new_zeros(())
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy.errors import NeedsError
+from cdfkd_strategy.precision import full, in_full
 
 
 def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
@@ -20,10 +21,10 @@ def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
         norm: a BatchNorm2d with running statistics.
         inputs: its input ``[B, channels, H, W]``.
     """
-    values = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    variance, shift = _moments_about(values, norm.running_mean)
+    with in_full(inputs):
+        variance, shift = _moments_about(full(inputs), norm.running_mean)
     return torch.linalg.vector_norm(shift) + torch.linalg.vector_norm(variance - norm.running_var)
 
 

@@ -19,6 +19,7 @@ Deviations, all switchable:
   balanced classes, ``+ w_b sum_c pbar_c ln pbar_c`` with pbar the batch mean of the fused teacher.
 - ``schedule="cosine"`` instead of the paper's two steps, for short budgets.
 - ``feature_weight`` counts only teachers whose feature width is the student's (the paper sets it to 0 otherwise).
+- ``teachers_per_step`` of the N teachers take part in a step, and the sums run over them: for many clients.
 - Teacher weight gradients are never computed; BatchNorm statistics only in generator steps. Same mathematics.
 
 A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
@@ -42,6 +43,7 @@ from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, set_rate
+from cdfkd_strategy.teacher_draw import TeacherDraw
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, StudentOutputs, TeacherOutputs
 
@@ -71,6 +73,7 @@ class CDFKDMFSConfig:
         schedule: "multistep" (x0.1 at ``milestones``, in epochs), "cosine" (to 0, per iteration) or "constant", for both.
         milestones: epochs at which both rates are divided by 10.
         generator: latent width and size of G.
+        teachers_per_step: m, the teachers (and headers) that take part in a step, see `TeacherDraw`; 0 is all. Not in the paper.
     """
 
     mode: Literal["auto", "paper", "fused"] = "auto"
@@ -93,8 +96,11 @@ class CDFKDMFSConfig:
     schedule: ScheduleName = "multistep"
     milestones: tuple[int, ...] = (100, 200)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    teachers_per_step: int = 0
 
     def __post_init__(self) -> None:
+        if self.teachers_per_step < 0:
+            raise ConfigError(f"method.teachers_per_step is {self.teachers_per_step}; accepted: at least 1, or 0 for all")
         for name in ("epochs", "iterations", "student_steps", "generator_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
@@ -141,6 +147,7 @@ class CDFKDMFS(Distiller):
             raise ArchitectureError(f"a student with {student.heads} headers for {len(teachers)} teachers; cdfkd_mfs needs one header per teacher")
         self.fused = config.mode == "fused" or (config.mode == "auto" and not teachers.is_uniform)
         self.generator = runtime.place(build_generator(image, config.generator))
+        self.teacher_draw = TeacherDraw(teachers.weights, config.teachers_per_step or len(teachers))
         self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
 
@@ -158,9 +165,9 @@ class CDFKDMFS(Distiller):
         for iteration in range(self.config.iterations):
             self._set_rates(epoch, iteration)
             for _ in range(self.config.student_steps):
-                _accumulate(sums, "student", self._student_step(), self.config.student_steps)
+                _accumulate(sums, "student", self.student_step(), self.config.student_steps)
             for _ in range(self.config.generator_steps):
-                _accumulate(sums, "generator", self._generator_step(), self.config.generator_steps)
+                _accumulate(sums, "generator", self.generator_step(), self.config.generator_steps)
         names = sorted(sums)
         values = (torch.stack([sums[name] for name in names]) / self.config.iterations).tolist()  # the epoch's only host sync
         return dict(zip(names, values, strict=True))
@@ -180,20 +187,33 @@ class CDFKDMFS(Distiller):
         z = self.runtime.normal(self.config.batch_size, self.config.generator.latent_dim, rng=self.rng)
         return self.runtime.images(self.generator(z))
 
-    def _student_step(self) -> LossTerms:
-        with torch.no_grad():
-            images = self._draw()
-            teachers = self.teachers.observe(images, bn=False)
-        terms = self.student_loss(self.student(images), teachers)
+    def _participants(self) -> tuple[TeacherEnsemble, MultiHeaderStudent]:
+        """The teachers of a step, and the student with their headers."""
+        chosen = self.teacher_draw.next(self.rng)
+        return self.teachers.drawn(chosen), self.student.only(chosen)
+
+    def student_step(self) -> LossTerms:
+        """One step of the student on a fresh batch; gives the terms of L_S."""
+        ensemble, headers = self._participants()
+        with self.runtime.autocast():
+            with torch.no_grad():
+                images = self._draw()
+                teachers = ensemble.observe(images, bn=False)
+            student = headers(images)
+        terms = self.student_loss(student, teachers, ensemble.weights)
         self.student_optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.student_optimizer.step()
         return terms
 
-    def _generator_step(self) -> LossTerms:
-        images = self._draw()
-        teachers = self.teachers.observe(images, bn=self.config.bn_weight > 0)
-        terms = self.generator_loss(self.student(images), teachers)
+    def generator_step(self) -> LossTerms:
+        """One step of the generator; gives the terms of L_G."""
+        ensemble, headers = self._participants()
+        with self.runtime.autocast():
+            images = self._draw()
+            teachers = ensemble.observe(images, bn=self.config.bn_weight > 0)
+            student = headers(images)
+        terms = self.generator_loss(student, teachers, ensemble.weights)
         self.generator_optimizer.zero_grad(set_to_none=True)
         parameters = list(self.generator_optimizer.param_groups[0]["params"])
         gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters)
@@ -202,9 +222,9 @@ class CDFKDMFS(Distiller):
         self.generator_optimizer.step()
         return terms
 
-    def student_loss(self, student: StudentOutputs, teachers: TeacherOutputs) -> LossTerms:
-        """The weighted terms of L_S; logits ``[K, B, C]``."""
-        config, weights = self.config, self.teachers.weights
+    def student_loss(self, student: StudentOutputs, teachers: TeacherOutputs, weights: Tensor | None = None) -> LossTerms:
+        """The weighted terms of L_S; logits ``[K, B, C]``, weights ``[K, C]`` (None is the ensemble's own)."""
+        config, weights = self.config, self.teachers.weights if weights is None else weights
         terms = {"head_l1": config.head_weight * logit_l1(student.logits, teachers.logits)}
         if config.feature_weight > 0:
             terms["feature_l1"] = config.feature_weight * feature_l1(student.features, teachers.features)
@@ -214,9 +234,9 @@ class CDFKDMFS(Distiller):
             terms["ensemble_l1"] = config.ensemble_weight * mean_logit_l1(student.logits, teachers.logits)
         return terms
 
-    def generator_loss(self, student: StudentOutputs, teachers: TeacherOutputs) -> LossTerms:
+    def generator_loss(self, student: StudentOutputs, teachers: TeacherOutputs, weights: Tensor | None = None) -> LossTerms:
         """The weighted terms of L_G; gradients pass through teachers and student."""
-        config, weights = self.config, self.teachers.weights
+        config, weights = self.config, self.teachers.weights if weights is None else weights
         terms = {"adversarial": -logit_l1(student.logits, teachers.logits)}
         if config.bn_weight > 0 and any(distances is not None for distances in teachers.bn):
             terms["bn"] = config.bn_weight * batch_norm_loss(teachers.bn, config.first_layer_weight)

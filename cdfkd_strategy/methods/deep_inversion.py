@@ -48,6 +48,7 @@ from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.losses.image_prior import image_norm, jitter, total_variation
 from cdfkd_strategy.losses.statistics import batch_norm_loss
+from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -55,6 +56,9 @@ from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 PRESETS: dict[str, tuple[float, float]] = {"code": (0.1, 1e-3), "paper": (0.05, 2.5e-5)}
 """Per mode: the images' learning rate, and the weight of the total variation."""
+
+MAX_LABEL_BYTES = 2**28
+"""What the teachers say of the pool is kept if it takes no more than this; 50,000 images of 100 classes and 10 headers take 200 MB."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class DeepInversion(Distiller):
             return self._invert(epoch)
         factor = multistep(epoch - self.config.rounds, self.config.student_milestones)
         set_rate(self.student_optimizer, self.config.student_lr * factor)
+        if epoch == self.config.rounds:
+            self._label_pool()
         self.student.train()
         total = torch.zeros((), device=self.runtime.device)
         for _ in range(self.config.iterations):
@@ -226,12 +232,26 @@ class DeepInversion(Distiller):
         self.pool.add(best_images)
         return dict(zip(best_terms, torch.stack(list(best_terms.values())).tolist(), strict=True))
 
+    @torch.no_grad()
+    def _targets(self, images: Tensor, heads: int) -> Tensor:
+        """What the student's headers should say of images ``[B, channels, H, W]``: ``[heads, B, C]``."""
+        return head_targets(self.teachers(self.runtime.images(images)), self.teachers.weights, heads)
+
+    def _label_pool(self) -> None:
+        """Ask the teachers once for every image of the pool, unless the answers take too much memory."""
+        with evaluating(self.student), torch.no_grad():
+            heads = len(self.student(self.runtime.images(self.pool.at(torch.zeros(2, dtype=torch.long)))).logits)
+        if len(self.pool) * heads * self.image.num_classes * 4 <= MAX_LABEL_BYTES:
+            self.pool.label(lambda images: self._targets(images, heads).transpose(0, 1), self.config.batch_size)
+
     def _student_step(self) -> Tensor:
-        images = self.runtime.images(self.pool.draw(self.config.batch_size, self.rng))
-        with torch.no_grad():
-            teachers = self.teachers(images)
-        student = self.student(images).logits
-        loss = kl_divergence(student, head_targets(teachers, self.teachers.weights, len(student)), self.config.temperature)
+        positions = self.pool.choose(self.config.batch_size, self.rng)
+        images = self.pool.at(positions)
+        with self.runtime.autocast():
+            student = self.student(self.runtime.images(images)).logits
+        known = self.pool.logits
+        target = self._targets(images, len(student)) if known is None else known[positions].transpose(0, 1).to(student.device)
+        loss = kl_divergence(student, target, self.config.temperature)
         self.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.student_optimizer.step()

@@ -174,8 +174,9 @@ class RDSKD(Distiller):
         return self.runtime.images(self.generator(z))
 
     def _generator_step(self, *, refresh: bool) -> LossTerms:
-        images = self._draw(self.config.batch_size, self.rng)
-        logits = self.teachers(images)
+        with self.runtime.autocast():
+            images = self._draw(self.config.batch_size, self.rng)
+            logits = self.teachers(images)
         one_hot, entropy = one_hot_cross_entropy(logits), negative_class_entropy(logits)
         terms = {
             "generator/one_hot": (one_hot - self.reference_one_hot).exp(),
@@ -191,10 +192,11 @@ class RDSKD(Distiller):
         return terms
 
     def _student_step(self) -> LossTerms:
-        with torch.no_grad():
-            images = self._draw(self.config.batch_size, self.rng)
-            teachers = self.teachers(images)
-        student = self.student(images).logits
+        with self.runtime.autocast():
+            with torch.no_grad():
+                images = self._draw(self.config.batch_size, self.rng)
+                teachers = self.teachers(images)
+            student = self.student(images).logits
         target = head_targets(teachers, self.teachers.weights, len(student))
         terms = {"student/kl": kl_divergence(student, target, self.config.temperature)}
         self.student_optimizer.zero_grad(set_to_none=True)

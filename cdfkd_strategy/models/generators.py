@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.modes import modes_kept
+from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.types import ImageSpec
 
@@ -69,7 +70,7 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """``z [B, Z]`` to normalised images ``[B, channels, H, W]``."""
         images: Tensor = self.body(self.project(z).view(-1, *self.start))
-        return images
+        return full(images)
 
 
 def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> Generator:

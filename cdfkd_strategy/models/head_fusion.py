@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cdfkd_strategy.errors import ConfigError, DataError
 from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.precision import full, in_full
 
 
 def class_weights(weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None, heads: int, num_classes: int) -> Tensor:
@@ -66,11 +67,10 @@ def fuse(logits: Tensor, weights: Tensor) -> Tensor:
     """
     if logits.dim() != 3 or weights.shape != (logits.shape[0], logits.shape[2]):
         raise ConfigError(f"cannot fuse logits {list(logits.shape)} with weights {list(weights.shape)}; accepted: [K, B, C] with [K, C]")
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    log_probabilities = F.log_softmax(logits, dim=2)
-    pooled = torch.einsum("kbc,kc->bc", log_probabilities, weights.to(logits.dtype))
-    return F.log_softmax(pooled, dim=1)
+    with in_full(logits):
+        log_probabilities = F.log_softmax(full(logits), dim=2)
+        pooled = torch.einsum("kbc,kc->bc", log_probabilities, weights.to(log_probabilities.dtype))
+        return F.log_softmax(pooled, dim=1)
 
 
 class HeadAttention(nn.Module):

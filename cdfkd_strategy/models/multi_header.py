@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.classifiers import ARCHITECTURES, build_classifier
 from cdfkd_strategy.models.stages import find_stages
+from cdfkd_strategy.precision import full
 from cdfkd_strategy.types import ImageSpec, StudentOutputs
 
 AUTO_MAX_WIDTH = 256
@@ -165,7 +166,7 @@ class MultiHeaderStudent(nn.Module):
         """Normalised images ``[B, channels, H, W]`` to logits ``[K, B, C]`` and features ``[K, B, D]``."""
         maps = self.trunk_features(x)
         logits, features = zip(*(header(maps) for header in self.headers), strict=True)
-        return StudentOutputs(torch.stack(logits), torch.stack(features))
+        return StudentOutputs(full(torch.stack(logits)), full(torch.stack(features)))
 
     def with_heads(self, heads: int) -> MultiHeaderStudent:
         """A copy with another number of heads: the trunk and the first heads are copied, further ones freshly initialised.

@@ -133,7 +133,7 @@ def test_a_run_with_an_expired_teacher_is_continued(broadcast: str, tmp_path: Pa
     start(tiny_strategy(run_dir=tmp_path / "whole", **settings), 2)
     steps = [0]
     method = tiny_strategy().options.distiller
-    original = method._student_step
+    original = method.student_step
 
     def dying(self: Any) -> Any:
         steps[0] += 1
@@ -141,7 +141,7 @@ def test_a_run_with_an_expired_teacher_is_continued(broadcast: str, tmp_path: Pa
             raise Killed
         return original(self)
 
-    monkeypatch.setattr(method, "_student_step", dying)
+    monkeypatch.setattr(method, "student_step", dying)
     with pytest.raises(Killed):
         start(tiny_strategy(run_dir=tmp_path / "run", **settings), 2)
     resumed = tiny_strategy(run_dir=tmp_path / "run", resume=True, **settings)

@@ -21,7 +21,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.engine import EngineConfig
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.flower import distillation, session
 from cdfkd_strategy.flower.apps import serve
@@ -61,8 +61,8 @@ class Moments:
             (Uploads, "remove"),
             (RunDirectory, "save"),
             (RunDirectory, "clear_distillation"),
-            (CDFKDMFS, "_student_step"),
-            (CDFKDMFS, "_generator_step"),
+            (CDFKDMFS, "student_step"),
+            (CDFKDMFS, "generator_step"),
             (distillation, "save_student"),
         ):
             monkeypatch.setattr(owner, name, self._around(name, getattr(owner, name)))
@@ -97,7 +97,7 @@ def test_killed_at_seeded_moments_the_resumed_run_gives_the_same_student_and_ask
     whole, _, expected = start(tmp_path / "whole")
     total = len(moments.passed)
     kinds = {moment.split()[1] for moment in moments.passed}
-    assert kinds == {"put", "save", "clear_distillation", "_student_step", "_generator_step", "save_student", "checkpoint"}
+    assert kinds == {"put", "save", "clear_distillation", "student_step", "generator_step", "save_student", "checkpoint"}
     for number in sorted(random.Random(0).sample(range(1, total + 1), 10)):
         run_dir = tmp_path / str(number)
         moments.arm(number)
@@ -142,7 +142,7 @@ def test_killed_between_distillation_and_evaluation_only_evaluates(tmp_path: Pat
     moments.arm(None)
     strategy, grid, result = start(tmp_path / "run", resume=True, rounds=1)
     assert grid.asked("train") == []
-    assert "before _student_step" not in moments.passed
+    assert "before student_step" not in moments.passed
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
     assert result.evaluate_metrics_serverapp[1]["arrays"] == len(result.arrays) + 1
     assert strategy.teachers is not None
@@ -155,7 +155,7 @@ def test_a_finished_run_is_read_back_and_can_be_prolonged(tmp_path: Path, moment
     moments.arm(None)
     strategy, grid, result = start(tmp_path / "run", resume=True, rounds=2)
     assert grid.log == []
-    assert "before _student_step" not in moments.passed
+    assert "before student_step" not in moments.passed
     assert sorted(result.evaluate_metrics_serverapp) == [1, 2]
     assert strategy.student is not None
     _, grid, _ = start(tmp_path / "run", resume=True, rounds=3, first_node=7 * FIRST_NODE)
@@ -176,7 +176,7 @@ def test_a_run_stopped_by_max_seconds_goes_on_with_its_last_round_when_that_is_r
     strategy, grid, result = start(tmp_path / "run", rounds=1, engine=long, resume=True)
     assert grid.asked("train") == []
     assert grid.asked("evaluate") == [0, 1, 2]
-    assert moments.passed.count("before _student_step") == 2  # the second epoch alone
+    assert moments.passed.count("before student_step") == 2  # the second epoch alone
     assert strategy.rounds[0].stopped_by == "schedule"
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
     assert result.evaluate_metrics_serverapp[1]["arrays"] == len(result.arrays) + 1
@@ -186,7 +186,7 @@ def test_an_earlier_round_stays_as_max_seconds_left_it(tmp_path: Path, moments: 
     short, long = (EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=limit) for limit in (0.0, None))
     start(tmp_path, engine=short)
     moments.arm(3)  # dies in the epoch that it goes on with, after the state was saved
-    with pytest.raises(Killed, match="before _student_step"):
+    with pytest.raises(Killed, match="before student_step"):
         start(tmp_path, engine=long, resume=True)
     moments.arm(None)
     strategy, grid, _ = start(tmp_path, engine=short, resume=True)
@@ -216,7 +216,7 @@ def test_reading_a_stopped_run_back_distils_nothing(tmp_path: Path, moments: Mom
 AUTO = EngineConfig(device="auto", threads=0, watch_images=0, progress=False)
 
 
-@pytest.mark.parametrize("moment", ["after put", "after clear_distillation", "before _student_step"])
+@pytest.mark.parametrize("moment", ["after put", "after clear_distillation", "before student_step"])
 @pytest.mark.parametrize("again", [0, -1], ids=["first", "last"])
 def test_a_resumed_run_keeps_the_threads_it_began_with(moment: str, again: int, tmp_path: Path, moments: Moments, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
@@ -429,7 +429,7 @@ STEPS = TINY["iterations"] * TINY["student_steps"]
     ("module", "owner", "name", "count", "asked"),
     [
         pytest.param("cdfkd_strategy.flower.uploads", "Uploads", "put", UPLOAD, list(range(UPLOAD - 1, len(APPS))), id="during uploads"),
-        pytest.param("cdfkd_strategy.methods.cdfkd_mfs", "CDFKDMFS", "_student_step", EPOCH * STEPS, [], id="mid-epoch"),  # the epoch's last step
+        pytest.param("cdfkd_strategy.methods.cdfkd_mfs", "CDFKDMFS", "student_step", EPOCH * STEPS, [], id="mid-epoch"),  # the epoch's last step
         pytest.param("cdfkd_strategy.flower.session", "Session", STAGE, 1, [], id="between distillation and evaluation"),
     ],
 )

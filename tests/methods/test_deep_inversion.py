@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.methods import deep_inversion
 from cdfkd_strategy.methods.deep_inversion import DeepInversion, DeepInversionConfig
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
@@ -173,6 +174,24 @@ def test_stage_b_equals_a_plain_reference() -> None:
         total += loss.item()
     assert distiller.run_epoch(config.rounds)["student/kl"] == pytest.approx(total / config.iterations, rel=1e-3)
     torch.testing.assert_close(dict(distiller.student.state_dict()), dict(student.state_dict()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "heads"), [(3, 3), (3, 1)])
+def test_teachers_are_asked_once_per_image_and_the_student_learns_the_same(count: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, asked = build(count, heads=heads), build(count, heads=heads)
+    seen: list[int] = []
+    forward = TeacherEnsemble.forward
+    monkeypatch.setattr(TeacherEnsemble, "forward", lambda self, images: (seen.append(len(images)), forward(self, images))[1])
+    for distiller in (cached, asked):
+        distiller.run_epoch(0)
+    found = [cached.run_epoch(epoch)["student/kl"] for epoch in (2, 3)]
+    assert cached.pool.logits is not None
+    assert cached.pool.logits.shape == (len(cached.pool), heads, DIGITS.num_classes)
+    assert sum(seen) == len(cached.pool)
+    monkeypatch.setattr(deep_inversion, "MAX_LABEL_BYTES", 0)
+    assert [asked.run_epoch(epoch)["student/kl"] for epoch in (2, 3)] == pytest.approx(found, rel=1e-4)
+    assert asked.pool.logits is None
+    assert len(seen) > 2 * asked.config.iterations
 
 
 def test_there_are_no_samples_before_the_first_round() -> None:

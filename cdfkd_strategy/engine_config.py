@@ -1,0 +1,132 @@
+"""How a distillation is run: what the user asks for, and what it becomes on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cdfkd_strategy.errors import CheckpointError, ConfigError
+from cdfkd_strategy.precision import Precision
+from cdfkd_strategy.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+RECOMPUTE_FROM = 9
+"""Teachers from which on their activations are not kept: few fit into any memory, and computing them twice costs time."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a distillation is run; none of it changes the mathematics of an epoch.
+
+    What bits depend on is resolved once, recorded, and kept by later starts of the same run (`continued`).
+
+    Args:
+        device: "auto" (the first CUDA device, else the CPU) or a torch device string. Bits depend on it.
+        threads: intra-op CPU threads; 0 leaves torch's choice. Bits depend on it.
+        channels_last: memory layout of images and weights. Bits depend on it.
+        precision: of convolutions and matrix products in the distillation, "auto" (bfloat16 if the device is at least twice as fast in it),
+            "float32" or "bfloat16". Bits depend on it. Everything else, evaluation too, is in float32.
+        fold: compute teachers with their BatchNorm folded into convolutions where nothing looks at it. Bits depend on it.
+        recompute_teachers: compute teachers a second time in the backward pass instead of keeping the activations of all: "auto" is from
+            `RECOMPUTE_FROM` teachers on.
+        resident_teachers: teachers that have working copies on the device at a time; 0 is all.
+        runtime_from: a ``summary.json`` whose runtime is used instead of all of the above except ``resident_teachers``; None resolves them.
+        max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so. A run that is
+            resumed with a higher one goes on.
+        checkpoint_every: epochs between checkpoints (the last epoch always has one).
+        evaluate_every: epochs between calls of ``evaluate`` (the last epoch always has one); 0 is only the last.
+        watch_images: synthetic images of the collapse watch, once per epoch; 0 turns it off.
+        progress: show a progress bar when standard error is a terminal.
+    """
+
+    device: str = "auto"
+    threads: int = 0
+    channels_last: bool = True
+    precision: Precision | Literal["auto"] = "auto"
+    fold: bool = True
+    recompute_teachers: bool | Literal["auto"] = "auto"
+    resident_teachers: int = 0
+    runtime_from: str | None = None
+    max_seconds: float | None = None
+    checkpoint_every: int = 1
+    evaluate_every: int = 0
+    watch_images: int = 64
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ConfigError(f"engine.checkpoint_every is {self.checkpoint_every}; accepted: at least 1")
+        if self.resident_teachers < 0:
+            raise ConfigError(f"engine.resident_teachers is {self.resident_teachers}; accepted: at least 1, or 0 for all")
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ConfigError(f"engine.device is {self.device!r}; accepted: auto, cpu, cuda, cuda:<n>") from error
+
+    def is_over(self, seconds: float) -> bool:
+        """Has a distillation that took so many seconds reached ``max_seconds``?"""
+        return self.max_seconds is not None and seconds >= self.max_seconds
+
+    def runtime(self) -> Runtime:
+        """The resolved choices for this machine; how many teachers there will be is not known yet.
+
+        Raises:
+            ConfigError: a CUDA device is asked for, and torch sees none. (Reading a configuration needs no device.)
+        """
+        choices = {"channels_last": self.channels_last, "fold": self.fold, "recompute": self.recompute_teachers is True}
+        if self.runtime_from is not None:
+            return self._read_runtime(Path(self.runtime_from))
+        runtime = Runtime.auto(self.device, self.precision, **choices, **({"threads": self.threads} if self.threads else {}))
+        if not runtime.is_available:
+            raise ConfigError(f"engine.device is {self.device!r}, but torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); use auto or cpu")
+        return runtime
+
+    def continued(self, began: Runtime) -> Runtime:
+        """The runtime of a run that is continued: the one it began with, because another one would change its bits.
+
+        Only where that one's device is gone, a device that this configuration names (not "auto") takes its place.
+
+        Args:
+            began: what the run's first start resolved.
+
+        Raises:
+            CheckpointError: the device is gone, and this configuration names no other.
+            ConfigError: it names one that is not there either.
+        """
+        if began.is_available:
+            asked = {"device": self.device, "threads": self.threads, "precision": self.precision}
+            unused = [f"engine.{name}={value}" for name, value in asked.items() if value not in ("auto", 0, getattr(began, name))]
+            if unused:
+                logger.info("%s: not used, the run goes on as it began, %s", ", ".join(unused), began)
+            return began
+        if self.device in ("auto", began.device):
+            raise CheckpointError(
+                f"the run was started on {began.device!r}, which torch does not see here; continue it on a machine that has it, "
+                "or accept another result and name a device that is here (engine.device=cpu)"
+            )
+        here = self.runtime()
+        runtime = dataclasses.replace(began, device=here.device, precision=here.precision)
+        logger.warning("the run was started on %s, which is gone; it goes on on %s, to another result than without interruption", began.device, runtime.device)
+        return runtime
+
+    def recomputing(self, runtime: Runtime, teachers: int) -> Runtime:
+        """The runtime for so many teachers: ``recompute_teachers="auto"`` is resolved."""
+        return dataclasses.replace(runtime, recompute=True) if self.recompute_teachers == "auto" and teachers >= RECOMPUTE_FROM else runtime
+
+    def _read_runtime(self, path: Path) -> Runtime:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))["runtime"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"engine.runtime_from is {self.runtime_from!r}, which cannot be used ({error}); accepted: the summary.json of a run") from error
+        runtime = Runtime.from_dict(values)
+        if not runtime.is_available:
+            raise ConfigError(f"engine.runtime_from is {self.runtime_from!r}, of a run on {runtime.device}, which torch does not see here; choose another")
+        return runtime

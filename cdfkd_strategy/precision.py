@@ -1,0 +1,97 @@
+"""bfloat16 where the device is faster in it, and float32 where digits matter.
+
+Methods run their networks, and nothing else, under torch's autocast (`Runtime.autocast`): convolutions and matrix products
+compute in bfloat16, weights, gradients of weights and optimisers stay in float32. What needs more digits raises its inputs with
+`full` or computes inside `in_full`: outputs of the networks, losses, and batch statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Precision = Literal["float32", "bfloat16"]
+
+LEAST_GAIN = 2.0
+"""How much faster a convolution must be in bfloat16: processors with units for it reach 4 to 10, those that imitate it stay below 1.
+Nothing known lies near the threshold, so the answer does not change from one run to the next."""
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is in half precision; otherwise the tensor itself."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def in_full(tensor: Tensor) -> AbstractContextManager[None]:
+    """Compute inside the block in the precision of the inputs, on the tensor's kind of device, under autocast too."""
+    return torch.autocast(tensor.device.type, enabled=False)  # type: ignore[return-value]
+
+
+@lru_cache
+def measured_precision(device: str) -> Precision:
+    """bfloat16 if a typical convolution is at least `LEAST_GAIN` times faster in it on this device, else float32. Measured once per process."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float32"
+    return "bfloat16" if convolution_gain(device) >= LEAST_GAIN else "float32"
+
+
+@torch.no_grad()
+def convolution_gain(device: str, repeats: int = 5) -> float:
+    """Seconds in float32 over seconds in bfloat16 of one convolution (32 maps of 64 channels, 32 x 32), the best of ``repeats`` that take turns."""
+    images = torch.ones(32, 64, 32, 32, device=device).to(memory_format=torch.channels_last)
+    kernel = torch.ones(64, 64, 3, 3, device=device)
+    pairs = [(images, kernel), (images.bfloat16(), kernel.bfloat16())]
+    best = [float("inf"), float("inf")]
+    for _ in range(repeats + 1):  # the first is slower than those after it, so it never is the best
+        for at, (here, weight) in enumerate(pairs):
+            best[at] = min(best[at], seconds(lambda here=here, weight=weight: F.conv2d(here, weight, padding=1), device))  # type: ignore[misc]
+    return best[0] / best[1]
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Wall time of one call, until the device is done with it."""
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+class FullConv2d(nn.Conv2d):
+    """A convolution that computes in float32 under autocast, too."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, c_in, H, W]`` to ``[B, c_out, H', W']``."""
+        with in_full(images):
+            return super().forward(full(images))
+
+
+def keep_depthwise_full(module: nn.Module) -> list[nn.Module]:
+    """Let a network's depthwise convolutions compute in float32, in place: on CPUs their gradients are several times slower in bfloat16.
+
+    Weights, names and whatever else the network is stay as they are.
+
+    Returns:
+        The convolutions; `as_it_was` undoes it.
+    """
+    parts: list[nn.Module] = [part for part in module.modules() if type(part) is nn.Conv2d and part.groups > 1]
+    for part in parts:
+        part.__class__ = FullConv2d
+    return parts
+
+
+def as_it_was(parts: Iterable[nn.Module]) -> None:
+    """Make ordinary convolutions of those among the modules that `keep_depthwise_full` changed."""
+    for part in parts:
+        if isinstance(part, FullConv2d):
+            part.__class__ = nn.Conv2d  # type: ignore[assignment]

@@ -1,0 +1,129 @@
+"""CDFKD-MFS on every fast path against the loop as the paper reads: both start every step from the same state and z."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cdfkd_strategy import seeding, teacher_forms
+from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.generators import Generator, GeneratorConfig
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.teachers import TeacherEnsemble
+from tests.methods.trained_teachers import DIGITS, digits
+
+CONFIG = CDFKDMFSConfig(mode="paper", batch_size=64, schedule="constant", student_lr=0.05, generator=GeneratorConfig(latent_dim=32, width=0.5))
+ITERATIONS = 20
+WARM_UP = 3
+"""Iterations of the plain path before the comparison: the gradient of a student that has not learned anything yet turns with every bit of an image."""
+
+
+@lru_cache(maxsize=1)
+def trained() -> list[nn.Module]:
+    """Two small CNNs that know the digits."""
+    nets = []
+    for index in range(2):
+        with seeding.seeded_scope("fast path teacher", index):
+            net = build_classifier("small_cnn", DIGITS)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            for _ in range(3):
+                for chosen in torch.randperm(len(digits().y_train)).split(64):
+                    optimizer.zero_grad()
+                    F.cross_entropy(net(digits().x_train[chosen]), digits().y_train[chosen]).backward()
+                    optimizer.step()
+        nets.append(net.eval())
+    return nets
+
+
+def build(runtime: Runtime) -> CDFKDMFS:
+    """The same initial state every time."""
+    teachers = TeacherEnsemble(copy.deepcopy(trained()), image=DIGITS)
+    with seeding.seeded_scope("fast path"):
+        student = MultiHeaderStudent("small_cnn", 2, DIGITS).train()
+        distiller = CDFKDMFS(teachers, student, CONFIG, image=DIGITS, rng=seeding.generator("fast path"), runtime=runtime)
+    assert distiller.generator is not None
+    distiller.generator.train()
+    return distiller
+
+
+def gradient(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+
+
+def compare(runtime: Runtime, repository: Path) -> tuple[float, float]:
+    """The largest relative difference of a loss term, and the smallest cosine of a gradient, over student and generator steps."""
+    sys.path.insert(0, str(repository / "simulations" / "benchmarks"))
+    try:
+        from mfs_plain import PlainMFS
+    finally:
+        sys.path.pop(0)
+    mine, built = build(runtime), build(Runtime(channels_last=False))
+    assert isinstance(built.generator, Generator)
+    plain = PlainMFS(list(built.teachers.nets), built.student, built.generator, CONFIG, built.rng)
+    state: dict[str, Any] = {
+        "student": plain.student, "generator": plain.generator, "student_optimizer": plain.student_optimizer, "generator_optimizer": plain.generator_optimizer,
+    }  # fmt: skip
+    for _ in range(WARM_UP):
+        plain.iteration()
+    largest, smallest = 0.0, 1.0
+    with mine.teachers.prepared(runtime), runtime.computing(mine.student):
+        for _ in range(ITERATIONS):
+            for kind in ("student", "generator"):
+                saved = {name: copy.deepcopy(part.state_dict()) for name, part in state.items()}
+                mine.load_state_dict({**mine.state_dict(), **saved, "rng": plain.rng.get_state()})
+                expected = getattr(plain, f"{kind}_step")()
+                found = getattr(mine, f"{kind}_step")()
+                assert {f"{kind}/{name}" for name in found} == set(expected)
+                for name, value in found.items():
+                    largest = max(largest, abs(float(value.detach()) / expected[f"{kind}/{name}"] - 1))
+                smallest = min(smallest, float(F.cosine_similarity(gradient(state[kind]), gradient(getattr(mine, kind)), dim=0)))
+    return largest, smallest
+
+
+FLOAT32 = {
+    "nhwc": Runtime(),
+    "folded": Runtime(fold=True),
+    "recomputed": Runtime(fold=True, recompute=True),
+    "nchw": Runtime(channels_last=False, fold=True),
+}
+
+
+@pytest.mark.parametrize("runtime", FLOAT32.values(), ids=FLOAT32.keys())
+def test_float32_paths_are_the_plain_one(runtime: Runtime, repository: Path) -> None:
+    difference, cosine = compare(runtime, repository)
+    assert difference < 1e-4
+    assert cosine > 0.9999
+
+
+def test_the_bfloat16_path_is_close(repository: Path) -> None:
+    difference, cosine = compare(Runtime(fold=True, precision="bfloat16"), repository)
+    assert difference < 2e-2
+    assert cosine > 0.99
+
+
+def test_a_wrong_path_is_found(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded without the bias of BatchNorm, and without the check that would refuse it."""
+    true_fold = teacher_forms.fold_batch_norm
+
+    def without_bias(net: nn.Module) -> nn.Module:
+        folded = true_fold(net)
+        for part in folded.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+        return folded
+
+    monkeypatch.setattr(teacher_forms, "fold_batch_norm", without_bias)
+    monkeypatch.setattr(teacher_forms.TeacherForms, "_check", lambda *_: None)
+    difference, cosine = compare(Runtime(fold=True), repository)
+    assert difference > 2e-2
+    assert cosine < 0.99

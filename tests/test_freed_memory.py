@@ -1,0 +1,83 @@
+"""Freed memory is kept inside the block, and only there."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdfkd_strategy import freed_memory
+from cdfkd_strategy.runtime import Runtime
+
+FAULTS = """
+import resource, torch
+from contextlib import nullcontext
+from cdfkd_strategy.freed_memory import kept
+torch.set_num_threads(1)
+def faults():
+    for _ in range(3):
+        torch.ones(2**23)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**23)  # 32 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
+with {block}:
+    print(faults())
+print(resident())
+"""
+
+
+@pytest.mark.skipif(freed_memory._glibc() is None, reason="needs glibc")
+def test_a_step_does_not_pay_for_its_pages_again_and_the_end_gives_them_back() -> None:
+    def run(block: str) -> list[int]:
+        command = [sys.executable, "-c", FAULTS.format(block=block)]
+        environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PATH": ""}
+        return [int(word) for word in subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()]
+
+    page = resource.getpagesize()
+    (many, before), (few, after) = run("nullcontext()"), run("kept()")
+    assert many > 20 * 2**25 / page / 4  # 20 times 32 MB, in pages (larger ones where the kernel gives them)
+    assert few < many / 5
+    assert after < before + 20
+
+
+class Library:
+    """A C library that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def mallopt(self, name: int, value: int) -> int:
+        self.told.append((name, value))
+        return 1
+
+    def malloc_trim(self, pad: int) -> None:
+        self.told.append(("trim", pad))
+
+
+def test_blocks_nest_and_the_outermost_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: library)
+    kept, ordinary = list(freed_memory.KEPT.items()), list(freed_memory.ORDINARY.items())
+    with freed_memory.kept(), Runtime().scope():
+        assert library.told == kept
+    assert library.told == [*kept, *ordinary, ("trim", 0)]
+    library.told.clear()
+    with pytest.raises(KeyboardInterrupt), freed_memory.kept():
+        raise KeyboardInterrupt
+    assert library.told == [*kept, *ordinary, ("trim", 0)]
+    library.told.clear()
+    with Runtime(device="cuda").scope():
+        assert library.told == []
+
+
+def test_without_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: None)
+    with freed_memory.kept():
+        assert freed_memory._depth == 0

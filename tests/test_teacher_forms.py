@@ -1,0 +1,187 @@
+"""However teachers are computed, they say the same: folded, in bfloat16, a few at a time, twice."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cdfkd_strategy import teacher_forms
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.teacher_forms import TeacherForms
+from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
+from cdfkd_strategy.types import ImageSpec
+
+IMAGE = ImageSpec(3, 32, 32, 5)
+FOLDED = Runtime(fold=True)
+
+
+def ensemble(*names: str) -> TeacherEnsemble:
+    """Networks whose BatchNorm layers have seen something."""
+    with seeded_scope("forms"):
+        nets = [build_classifier(name, IMAGE) for name in names]
+        for part in (part for net in nets for part in net.modules() if isinstance(part, nn.BatchNorm2d)):
+            part.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
+            part.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, 0, 0.3)
+    return TeacherEnsemble(nets, image=IMAGE)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def norms(net: nn.Module) -> int:
+    return sum(isinstance(part, nn.BatchNorm2d) for part in net.modules())
+
+
+def cosine(one: Tensor | None, other: Tensor | None) -> float:
+    assert one is not None
+    assert other is not None
+    return float(F.cosine_similarity(one.flatten() / one.norm(), other.flatten() / other.norm(), dim=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("small_cnn", 0), ("lenet_bn", 0), ("resnet8", 0), ("wrn16_1", 7), ("mobilenet_v2", 0), ("vgg11_bn", 0), ("lenet", 0)]
+)
+def test_folded_teachers_give_the_same_logits_features_and_gradients(name: str, left: int, images: Tensor) -> None:
+    teachers = ensemble(name)
+    hashed = state_hash(teachers.state_dict())
+    plain, again = images.clone().requires_grad_(), images.clone().requires_grad_()
+    expected = teachers.observe(plain, bn=False)
+    expected.logits.square().sum().backward()
+    with teachers.prepared(FOLDED):
+        assert norms(teachers._forms.get(teachers.nets[0], observed=False).net) == left
+        found = teachers.observe(again, bn=False)
+        found.logits.square().sum().backward()
+        assert torch.allclose(teachers(images), expected.logits, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-4)
+    assert found.features[0] is not None
+    assert torch.allclose(found.features[0], expected.features[0], rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
+    assert cosine(again.grad, plain.grad) > 0.9999
+    assert state_hash(teachers.state_dict()) == hashed
+
+
+def test_what_looks_at_batch_norm_gets_the_unfolded_network(images: Tensor) -> None:
+    teachers = ensemble("small_cnn")
+    expected = teachers.observe(images)
+    with teachers.prepared(FOLDED):
+        found = teachers.observe(images)
+    assert found.bn[0] is not None
+    assert torch.allclose(found.bn[0], expected.bn[0], rtol=1e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "mobilenet_v2"])
+def test_bfloat16_is_close_and_handed_out_in_float32(name: str, images: Tensor) -> None:
+    teachers = ensemble(name)
+    expected = teachers.observe(images)
+    with teachers.prepared(Runtime(fold=True, precision="bfloat16")):
+        for found in (teachers.observe(images), teachers.observe(images, bn=False)):
+            assert found.logits.dtype == found.features[0].dtype == torch.float32  # type: ignore[union-attr]
+            assert (found.logits - expected.logits).norm() < 0.05 * expected.logits.norm()
+        weights = [part.weight for part in teachers._forms.get(teachers.nets[0], observed=False).net.modules() if isinstance(part, nn.Conv2d)]
+        assert all((weight.dtype == torch.bfloat16) is (weight.shape[1] > 1) for weight in weights)  # depthwise ones are not
+    assert all(parameter.dtype == torch.float32 for parameter in teachers.parameters())
+    assert torch.allclose(teachers.observe(images).logits, expected.logits, rtol=1e-3, atol=1e-5)
+
+
+class Branching(nn.Module):
+    """Looks at its input: torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build_classifier("small_cnn", IMAGE)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images) if images.mean() < 100 else self.inner(-images)
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+def test_a_network_that_cannot_be_traced_is_computed_as_it_is_and_said_once(resident: int, images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    teachers = TeacherEnsemble([Branching()], image=IMAGE)
+    expected = teachers(images)
+    with caplog.at_level(logging.INFO), teachers.prepared(FOLDED, resident):
+        for _ in range(2):
+            assert torch.allclose(teachers(images), expected, rtol=1e-4, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records if "Branching is computed as it is" in record.getMessage()] != []
+    assert len(caplog.records) == 1
+
+
+def test_a_folded_network_that_says_something_else_is_not_used(images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    teachers = ensemble("small_cnn")
+    expected = teachers(images)
+    true_fold = teacher_forms.fold_batch_norm
+
+    def without_bias(net: nn.Module) -> nn.Module:
+        folded = true_fold(net)
+        for part in folded.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+        return folded
+
+    monkeypatch.setattr(teacher_forms, "fold_batch_norm", without_bias)
+    with caplog.at_level(logging.INFO), teachers.prepared(FOLDED):
+        assert torch.allclose(teachers(images), expected, rtol=1e-4, atol=1e-5)
+    assert "is off by" in caplog.text
+
+
+def test_no_more_than_the_resident_teachers_have_copies(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = ensemble("small_cnn", "small_cnn", "lenet_bn", "small_cnn")
+    expected = teachers.observe(images)
+    made: list[nn.Module] = []
+    fold = TeacherForms._folded
+    monkeypatch.setattr(TeacherForms, "_folded", lambda self, net: made.append(net) or fold(self, net))
+    with teachers.prepared(FOLDED, resident=2):
+        forms = teachers._forms
+        for _ in range(2):
+            assert torch.allclose(teachers(images), expected.logits, rtol=1e-3, atol=1e-4)
+            assert len(forms._kept) == 2
+        assert len(made) == 8  # in turn, none of them is there when it is needed again
+        some = teachers.only([2, 3])
+        for _ in range(3):
+            assert torch.allclose(some(images), expected.logits[2:], rtol=1e-3, atol=1e-4)
+        assert len(made) == 8  # these two still were
+        assert torch.allclose(teachers.observe(images).bn[1], expected.bn[1], rtol=1e-4)  # type: ignore[arg-type]
+        assert len(forms._kept) == 2
+
+
+def test_recomputed_teachers_give_the_same_gradients_and_keep_no_activations(images: Tensor) -> None:
+    teachers = ensemble("small_cnn", "small_cnn", "small_cnn")
+
+    def gradient(runtime: Runtime) -> tuple[Tensor, int]:
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        inputs = images.clone().requires_grad_()
+        with teachers.prepared(runtime), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            outputs = teachers.observe(inputs)
+            total = outputs.logits.square().sum() + sum(distances.sum() for distances in outputs.bn if distances is not None)
+            at_most = kept
+            (found,) = torch.autograd.grad(total, inputs)
+        return found, at_most
+
+    plain, much = gradient(Runtime())
+    again, little = gradient(Runtime(recompute=True))
+    assert torch.allclose(again, plain, rtol=1e-4, atol=1e-6)
+    assert little < much / 20
+
+
+def test_forms_are_dropped_at_the_end_and_kept_by_a_part_of_the_ensemble() -> None:
+    teachers = ensemble("small_cnn", "lenet")
+    before = teachers._forms
+    with teachers.prepared(FOLDED):
+        assert isinstance(teachers._forms, TeacherForms)
+        assert teachers._forms is not before
+        assert teachers.only([1])._forms is teachers._forms
+    assert teachers._forms is before
