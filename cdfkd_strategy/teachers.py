@@ -154,7 +154,8 @@ class TeacherEnsemble(nn.Module):
             runtime: device, layout, precision; whether BatchNorm is folded, and whether teachers are computed a second time in the backward pass.
             resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all.
         """
-        self.weights = self.weights.to(runtime.device)
+        if resident:
+            self.weights = self.weights.to(runtime.device)
         before, self._forms = self._forms, TeacherForms(self.image, runtime, resident)
         try:
             with nullcontext() if resident else runtime.computing(self):

@@ -324,7 +324,7 @@ def test_a_device_that_is_gone_can_only_be_replaced_by_a_named_one(monkeypatch: 
             EngineConfig(device=device).continued(began)
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         EngineConfig(device="cuda:0").continued(began)
-    assert EngineConfig(device="cpu").continued(began) == Runtime(device="cpu", channels_last=False, threads=7)
+    assert EngineConfig(device="cpu", precision="bfloat16").continued(began) == Runtime(device="cpu", channels_last=False, threads=7, precision="bfloat16")
     assert "the run was started on cuda:1, which is gone; it goes on on cpu" in caplog.text
     here = Runtime(device="cpu", threads=5)
     caplog.clear()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from cdfkd_strategy import freed_memory
 from cdfkd_strategy.data.client_share import ClientShare
 from cdfkd_strategy.errors import ArchitectureError, CDFKDError, ConfigError, DataError
 from cdfkd_strategy.losses.divergence import kl_divergence
@@ -121,7 +122,7 @@ def train_teacher(
         raise DataError(
             f"client {partition_id} has {len(share.x_train)} training images; accepted: at least 2; raise partition.min_samples or lower data.local_test"
         )
-    with threads(1), seeded_scope("client", seed, partition_id, round), torch.enable_grad():
+    with threads(1), freed_memory.kept(), seeded_scope("client", seed, partition_id, round), torch.enable_grad():
         run = _Run(model, share, image, config, student if config.student_weight > 0 else None)
         order = generator("client-order", seed, partition_id, round)
         model.train().to(memory_format=torch.channels_last)  # a quarter to a third faster on a CPU

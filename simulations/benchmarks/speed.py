@@ -55,7 +55,7 @@ def main() -> None:
     if args.memory_of:
         print(json.dumps(peak_memory(args.memory_of, chosen[0], runtime)))
         return
-    machine = args.machine or (torch.cuda.get_device_name(0) if on_cuda else f"cpu-{runtime.threads}-threads").replace(" ", "-")
+    machine = args.machine or machine_name(runtime)
     peaks = {precision: peak_gflops(runtime, dtype) for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
     result: dict[str, Any] = {
         "machine": machine,
@@ -80,6 +80,12 @@ def main() -> None:
     file = RESULTS / f"{machine}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(file)
+
+
+def machine_name(runtime: Runtime) -> str:
+    """A word for the device: ``NVIDIA-H100``, ``cpu-2-threads``."""
+    on_cuda = runtime.device.startswith("cuda")
+    return (torch.cuda.get_device_name(0) if on_cuda else f"cpu-{runtime.threads}-threads").replace(" ", "-")
 
 
 def measured(case: Case, runtime: Runtime, repeats: int, peak: float) -> dict[str, Any]:

@@ -198,14 +198,14 @@ def test_five_student_steps_then_one_generator_step(monkeypatch: pytest.MonkeyPa
     steps: list[tuple[str, float, float]] = []
 
     def count(name: str) -> None:
-        original = getattr(distiller, f"_{name}_step")
+        original = getattr(distiller, f"{name}_step")
 
         def counted() -> Any:
             rates = (distiller.student_optimizer.param_groups[0]["lr"], distiller.generator_optimizer.param_groups[0]["lr"])
             steps.append((name, *rates))
             return original()
 
-        monkeypatch.setattr(distiller, f"_{name}_step", counted)
+        monkeypatch.setattr(distiller, f"{name}_step", counted)
 
     count("student")
     count("generator")
@@ -220,13 +220,13 @@ def test_five_student_steps_then_one_generator_step(monkeypatch: pytest.MonkeyPa
 def test_cosine_anneals_both_rates_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     distiller = method(epochs=2, iterations=2, schedule="cosine")
     rates: list[tuple[float, float]] = []
-    original = distiller._generator_step
+    original = distiller.generator_step
 
     def step() -> Any:
         rates.append((distiller.student_optimizer.param_groups[0]["lr"] / 0.1, distiller.generator_optimizer.param_groups[0]["lr"] / 1e-3))
         return original()
 
-    monkeypatch.setattr(distiller, "_generator_step", step)
+    monkeypatch.setattr(distiller, "generator_step", step)
     for epoch in range(2):
         distiller.run_epoch(epoch)
     factors = [1.0, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]
@@ -248,11 +248,11 @@ def test_a_student_step_moves_only_the_student_and_a_generator_step_only_the_gen
         return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
     student, generator = weights()
-    distiller._student_step()
+    distiller.student_step()
     student_after, generator_after = weights()
     assert same(generator, generator_after)
     assert not same(student, student_after)
-    distiller._generator_step()
+    distiller.generator_step()
     assert same(student_after, weights()[0])
     assert not same(generator_after, weights()[1])
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in distiller.generator.parameters())
