@@ -64,10 +64,7 @@ class Runtime:
         runtime = cls(device=device, **{"threads": torch.get_num_threads(), **choices})
         if precision != "auto":
             return replace(runtime, precision=precision)
-        if not runtime.is_available:
-            return runtime
-        with runtime.scope():
-            return replace(runtime, precision=measured_precision(device))
+        return replace(runtime, precision=measured_precision(device)) if runtime.is_available else runtime
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Runtime:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
 from tests.methods.trained_teachers import DIGITS, digits
 
-CONFIG = CDFKDMFSConfig(mode="paper", batch_size=64, schedule="constant", student_lr=0.05, generator=GeneratorConfig(latent_dim=32, width=0.5))
+CONFIG = CDFKDMFSConfig(batch_size=64, schedule="constant", student_lr=0.05, generator=GeneratorConfig(latent_dim=32, width=0.5))
 ITERATIONS = 20
 WARM_UP = 3
 """Iterations of the plain path before the comparison: the gradient of a student that has not learned anything yet turns with every bit of an image."""
@@ -45,12 +46,12 @@ def trained() -> list[nn.Module]:
     return nets
 
 
-def build(runtime: Runtime) -> CDFKDMFS:
+def build(runtime: Runtime, mode: Literal["paper", "fused"]) -> CDFKDMFS:
     """The same initial state every time."""
-    teachers = TeacherEnsemble(copy.deepcopy(trained()), image=DIGITS)
+    teachers = TeacherEnsemble(copy.deepcopy(trained()), torch.linspace(0.2, 0.9, 20).view(2, 10).sin(), image=DIGITS)
     with seeding.seeded_scope("fast path"):
         student = MultiHeaderStudent("small_cnn", 2, DIGITS).train()
-        distiller = CDFKDMFS(teachers, student, CONFIG, image=DIGITS, rng=seeding.generator("fast path"), runtime=runtime)
+        distiller = CDFKDMFS(teachers, student, dataclasses.replace(CONFIG, mode=mode), image=DIGITS, rng=seeding.generator("fast path"), runtime=runtime)
     assert distiller.generator is not None
     distiller.generator.train()
     return distiller
@@ -60,16 +61,16 @@ def gradient(module: nn.Module) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
 
 
-def compare(runtime: Runtime, repository: Path) -> tuple[float, float]:
+def compare(runtime: Runtime, repository: Path, mode: Literal["paper", "fused"] = "paper") -> tuple[float, float]:
     """The largest relative difference of a loss term, and the smallest cosine of a gradient, over student and generator steps."""
     sys.path.insert(0, str(repository / "simulations" / "benchmarks"))
     try:
         from mfs_plain import PlainMFS
     finally:
         sys.path.pop(0)
-    mine, built = build(runtime), build(Runtime(channels_last=False))
+    mine, built = build(runtime, mode), build(Runtime(channels_last=False), mode)
     assert isinstance(built.generator, Generator)
-    plain = PlainMFS(list(built.teachers.nets), built.student, built.generator, CONFIG, built.rng)
+    plain = PlainMFS(list(built.teachers.nets), built.student, built.generator, built.config, built.rng, built.teachers.weights)
     state: dict[str, Any] = {
         "student": plain.student, "generator": plain.generator, "student_optimizer": plain.student_optimizer, "generator_optimizer": plain.generator_optimizer,
     }  # fmt: skip
@@ -105,8 +106,15 @@ def test_float32_paths_are_the_plain_one(runtime: Runtime, repository: Path) -> 
     assert cosine > 0.9999
 
 
-def test_the_bfloat16_path_is_close(repository: Path) -> None:
-    difference, cosine = compare(Runtime(fold=True, precision="bfloat16"), repository)
+def test_the_fused_ensemble_too(repository: Path) -> None:
+    difference, cosine = compare(Runtime(fold=True), repository, "fused")
+    assert difference < 1e-4
+    assert cosine > 0.9999
+
+
+@pytest.mark.parametrize("mode", ["paper", "fused"])
+def test_the_bfloat16_path_is_close(mode: Literal["paper", "fused"], repository: Path) -> None:
+    difference, cosine = compare(Runtime(fold=True, precision="bfloat16"), repository, mode)
     assert difference < 2e-2
     assert cosine > 0.99
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +36,22 @@ def test_bfloat16_is_taken_where_it_is_measured_to_be_faster(gain: float, chosen
         measured_precision.cache_clear()
 
 
-def test_the_measurement_is_a_ratio_of_times() -> None:
+def test_the_measurement_is_a_ratio_of_times_and_leaves_no_team_of_threads() -> None:
+    """A second team in a process, beside that of the thread that distils, would slow both down."""
+    program = """
+import os, torch
+from cdfkd_strategy.runtime import Runtime
+torch.set_num_threads(4)
+before = len(os.listdir("/proc/self/task"))
+assert Runtime.auto("cpu").threads == 4
+print(len(os.listdir("/proc/self/task")) - before)
+torch.ones(2**20).exp()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
     assert precision.convolution_gain("cpu", repeats=1) > 0
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PATH": ""}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True).stdout.split()
+    assert found == ["0", "3"]
 
 
 def test_half_precision_is_raised_and_nothing_else() -> None:

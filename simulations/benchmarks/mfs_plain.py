@@ -2,8 +2,8 @@
 
 It has the habits of research code, on purpose: images in PyTorch's default layout; hooks that compute batch statistics in every
 forward pass; teachers whose weights collect gradients that nobody uses; one backward pass through student and generator per
-teacher. Losses and schedule are those of `CDFKDMFS` with ``mode="paper"`` (https://arxiv.org/abs/2205.11845); networks are shared
-with the product, so that both paths can start from the same state.
+teacher. Losses and steps are those of `CDFKDMFS` (https://arxiv.org/abs/2205.11845), whose networks it takes, so that both can
+start from the same state.
 """
 
 from __future__ import annotations
@@ -54,16 +54,25 @@ class PlainMFS:
     """One student and one generator, five student steps and one generator step per iteration.
 
     Args:
-        teachers: K classifiers with BatchNorm; hooks are left on them.
+        teachers: K classifiers; hooks are left on them.
         student: one header per teacher.
         generator: with ``latent_dim``.
-        config: its weights, rates, batch size and steps; ``mode`` must be "paper". The rates stay constant.
+        config: its weights, rates, batch size and steps; ``mode`` must be "paper" or "fused". The rates stay as they are set.
         rng: z is drawn from it.
+        weights: class weights ``[K, C]`` of mode "fused".
     """
 
-    def __init__(self, teachers: Sequence[nn.Module], student: MultiHeaderStudent, generator: Generator, config: CDFKDMFSConfig, rng: torch.Generator) -> None:
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        student: MultiHeaderStudent,
+        generator: Generator,
+        config: CDFKDMFSConfig,
+        rng: torch.Generator,
+        weights: Tensor | None = None,
+    ) -> None:
         self.teachers = [teacher.eval().requires_grad_(True) for teacher in teachers]
-        self.student, self.generator, self.config, self.rng = student.train(), generator.train(), config, rng
+        self.student, self.generator, self.config, self.rng, self.weights = student.train(), generator.train(), config, rng, weights
         self.statistics = [[BatchStatistics(part) for part in teacher.modules() if isinstance(part, nn.BatchNorm2d)] for teacher in teachers]
         self.features = [Features(teacher) for teacher in teachers]
         self.student_optimizer = torch.optim.SGD(student.parameters(), config.student_lr, config.momentum, weight_decay=config.weight_decay)
@@ -83,6 +92,16 @@ class PlainMFS:
         z = torch.randn(self.config.batch_size, self.config.generator.latent_dim, generator=self.rng)
         return z.to(next(self.generator.parameters()).device)
 
+    def fused(self, logits: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities ``[B, C]`` of K answers together, each class by its weights."""
+        assert self.weights is not None
+        return (sum(w * one.log_softmax(1) for w, one in zip(self.weights, logits, strict=True))).log_softmax(1)  # type: ignore[union-attr]
+
+    def fused_kl(self, student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """KL of the students together from the teachers together, in nats."""
+        mine, theirs = self.fused(student), self.fused(teachers)
+        return (theirs.exp() * (theirs - mine)).sum(1).mean()
+
     def student_step(self) -> dict[str, float]:
         """On a fresh batch."""
         config, count = self.config, len(self.teachers)
@@ -93,31 +112,45 @@ class PlainMFS:
         head = feature = torch.zeros((), device=images.device)
         for k in range(count):
             head = head + (outputs.logits[k] - targets[k]).abs().mean() / count
-            feature = feature + (outputs.features[k] - self.features[k].value).abs().sum(1).mean() / count
-        together = (sum(outputs.logits[k] for k in range(count)) / count - sum(targets) / count).abs().mean()  # type: ignore[union-attr]
-        loss = config.head_weight * head + config.feature_weight * feature + config.ensemble_weight * together
+            if config.feature_weight > 0:
+                feature = feature + (outputs.features[k] - self.features[k].value).abs().sum(1).mean() / count
+        terms = {"head_l1": config.head_weight * head}
+        if config.feature_weight > 0:
+            terms["feature_l1"] = config.feature_weight * feature
+        if config.mode == "fused":
+            terms["fused_kl"] = config.fused_weight * self.fused_kl(outputs.logits, targets)
+        else:
+            together = (sum(outputs.logits[k] for k in range(count)) / count - sum(targets) / count).abs().mean()  # type: ignore[union-attr]
+            terms["ensemble_l1"] = config.ensemble_weight * together
         self.student_optimizer.zero_grad()
-        loss.backward()
+        sum(terms.values()).backward()  # type: ignore[union-attr]
         self.student_optimizer.step()
-        return {
-            "student/head_l1": config.head_weight * head.item(),
-            "student/feature_l1": config.feature_weight * feature.item(),
-            "student/ensemble_l1": config.ensemble_weight * together.item(),
-        }
+        return {f"student/{name}": value.item() for name, value in terms.items()}
 
     def generator_step(self) -> dict[str, float]:
-        """Through student and teachers, one backward pass per teacher."""
+        """Through student and teachers, one backward pass per teacher, and one for what they say together."""
         config, count = self.config, len(self.teachers)
         self.generator_optimizer.zero_grad()
         images = self.generator(self.noise())
         outputs = self.student(images)
         adversarial = statistics = 0.0
+        answers = []
         for k, teacher in enumerate(self.teachers):
-            disagreement = -(outputs.logits[k] - teacher(images)).abs().mean() / count
+            answers.append(teacher(images))
+            disagreement = -(outputs.logits[k] - answers[k]).abs().mean() / count
             distances = [layer.distance for layer in self.statistics[k]]
             distance = config.bn_weight * (config.first_layer_weight * distances[0] + sum(distances[1:])) / count
-            (disagreement + distance).backward(retain_graph=k < count - 1)
+            (disagreement + distance).backward(retain_graph=config.mode == "fused" or k < count - 1)
             adversarial += disagreement.item()
             statistics += distance.item()
+        losses = {"generator/adversarial": adversarial, "generator/bn": statistics}
+        if config.mode == "fused":
+            mean = self.fused(answers).exp().mean(0)
+            terms = {
+                "fused_adversarial": -config.fused_weight * self.fused_kl(outputs.logits, answers),
+                "balance": config.balance_weight * (mean * mean.log()).sum(),
+            }
+            sum(terms.values()).backward()  # type: ignore[union-attr]
+            losses |= {f"generator/{name}": value.item() for name, value in terms.items()}
         self.generator_optimizer.step()
-        return {"generator/adversarial": adversarial, "generator/bn": statistics}
+        return losses

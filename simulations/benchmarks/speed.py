@@ -2,10 +2,10 @@
 
     python simulations/benchmarks/speed.py [--cases NAME ...] [--repeats N] [--device cpu] [--threads N] [--machine NAME]
 
-Both paths take turns, so that whatever else the machine does meets both; a case's time is the median. The result,
-simulations/results/speed/<machine>.json, has the machine's measured peak (the better of a matrix product and a convolution, in
-the precision that the product chose), and per case the counted arithmetic and memory traffic of the product's iteration, its
-fraction of that peak, and the seconds of a student step and of a generator step of either path.
+The paths take turns, so that whatever else the machine does meets all; a case's time is the median. All of them keep freed
+memory. The result, simulations/results/speed/<machine>.json, has the machine's measured peak (the better of a matrix product and a
+convolution, in the precision that the product chose), and per case the counted arithmetic and memory traffic of the product's
+iteration, its fraction of that peak, the seconds of a student step and of a generator step, and those of the product in float32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from mfs_plain import PlainMFS
 from speed_cases import CASES, Case, engine_path, plain_path
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,13 +30,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdfkd_strategy.engine_config import EngineConfig
+from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS
 from cdfkd_strategy.precision import convolution_gain, seconds
 from cdfkd_strategy.provenance import commit, hardware, peak_memory_mb, versions
 from cdfkd_strategy.runtime import Runtime
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed"
 PATHS = ("plain", "engine")
-Phases = Mapping[str, Callable[[], object]]
 
 
 def main() -> None:
@@ -89,32 +91,29 @@ def machine_name(runtime: Runtime) -> str:
 
 
 def measured(case: Case, runtime: Runtime, repeats: int, peak: float) -> dict[str, Any]:
-    """Medians of both paths taking turns, phase by phase; GFLOP and GB of the product's iteration."""
-    with runtime.scope(), engine_path(case, runtime) as engine:
-        engine.student.train()
+    """Medians of the paths taking turns, phase by phase; GFLOP and GB of the product's iteration."""
+    with ExitStack() as stack:
+        stack.enter_context(runtime.scope())
+        engine = stack.enter_context(engine_path(case, runtime))
+        full = stack.enter_context(engine_path(case, dataclasses.replace(runtime, precision="float32")))
         plain = plain_path(case, runtime.device)
-        paths: dict[str, Phases] = {
-            "plain": {"student_step": plain.student_step, "generator_step": plain.generator_step},
-            "engine": {"student_step": engine.student_step, "generator_step": engine.generator_step},
-        }
+        paths: dict[str, PlainMFS | CDFKDMFS] = {"plain": plain, "engine": engine} | ({"engine_float32": full} if runtime.precision != "float32" else {})
         steps = {"student_step": plain.config.student_steps, "generator_step": plain.config.generator_steps}
-        times: dict[str, dict[str, list[float]]] = {path: {phase: [] for phase in steps} for path in PATHS}
-        for repeat in range(repeats + 1):  # the first is not counted
-            for path in PATHS:
+        times: dict[str, dict[str, list[float]]] = {path: {phase: [] for phase in steps} for path in paths}
+        for repeat in range(repeats + 1):
+            for path, loop in paths.items():
+                loop.student.train()
                 for phase, count in steps.items():
-                    taken = [seconds(paths[path][phase], runtime.device) for _ in range(count)]
-                    times[path][phase].append(sum(taken) / count)
-            if repeat == 0:
-                times = {path: {phase: [] for phase in steps} for path in PATHS}
+                    taken = [seconds(getattr(loop, phase), runtime.device) for _ in range(count)]
+                    if repeat > 0:  # the first is not counted
+                        times[path][phase].append(sum(taken) / count)
         counted = count_work(lambda: engine.run_epoch(0))
     row: dict[str, Any] = {"name": case.name}
-    phases = {path: {phase: statistics.median(times[path][phase]) for phase in steps} for path in PATHS}
-    for path in PATHS:
-        sums = [sum(steps[phase] * times[path][phase][repeat] for phase in steps) for repeat in range(repeats)]
-        row[f"{path}_s"] = round(statistics.median(sums), 4)
+    for path, phases in times.items():
+        row[f"{path}_s"] = round(statistics.median(sum(steps[phase] * phases[phase][repeat] for phase in steps) for repeat in range(repeats)), 4)
     row["ratio"] = round(row["plain_s"] / row["engine_s"], 3)
     row |= counted | {"peak_fraction": round(counted["gflop"] / row["engine_s"] / peak, 3)}
-    row["phases"] = {path: {phase: round(value, 4) for phase, value in phases[path].items()} for path in PATHS}
+    row["phases"] = {path: {phase: round(statistics.median(values), 4) for phase, values in phases.items()} for path, phases in times.items()}
     return row
 
 

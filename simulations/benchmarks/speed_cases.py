@@ -12,13 +12,14 @@ from mfs_plain import PlainMFS
 from cdfkd_strategy import seeding
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
 from cdfkd_strategy.models.classifiers import build_classifier
-from cdfkd_strategy.models.generators import Generator
+from cdfkd_strategy.models.generators import Generator, GeneratorConfig
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec
 
 CIFAR100 = ImageSpec(channels=3, height=32, width=32, num_classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+DIGITS = ImageSpec(channels=1, height=8, width=8, num_classes=10, mean=(0.3,), std=(0.35,))
 FASHION = ImageSpec(channels=1, height=28, width=28, num_classes=10, mean=(0.286,), std=(0.353,))
 
 
@@ -34,6 +35,7 @@ class Case:
         batch_size: images per step.
         image: input and classes.
         feature_weight: of the student's loss; 0 where widths differ.
+        width: of the generator.
         cuda: timed on a GPU only.
     """
 
@@ -44,19 +46,28 @@ class Case:
     batch_size: int
     image: ImageSpec = CIFAR100
     feature_weight: float = 0.2
+    width: float = 1.0
     cuda: bool = False
 
     def config(self) -> CDFKDMFSConfig:
         """One iteration of five student steps and one generator step, with the paper's losses and constant rates."""
         return CDFKDMFSConfig(
-            mode="paper", epochs=1, iterations=1, batch_size=self.batch_size, feature_weight=self.feature_weight, schedule="constant", milestones=()
+            mode="paper",
+            epochs=1,
+            iterations=1,
+            batch_size=self.batch_size,
+            feature_weight=self.feature_weight,
+            schedule="constant",
+            milestones=(),
+            generator=GeneratorConfig(width=self.width),
         )
 
 
 CASES = [
     Case("wrn16_1_k3_b128", "wrn16_1", 3, "wrn16_1", 128),
     Case("resnet18_34_b32", "resnet34", 3, "resnet18", 32),
-    Case("small_cnn_k5_b32", "small_cnn", 5, "small_cnn", 32, FASHION),
+    Case("small_cnn_k5_b32", "small_cnn", 5, "small_cnn", 32, FASHION, width=0.5),
+    Case("digits_k4_b128", "small_cnn", 4, "small_cnn", 128, DIGITS),
     Case("mfs_resnet34_b256_cuda", "resnet34", 3, "resnet18", 256, cuda=True),
 ]
 
