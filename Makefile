@@ -17,7 +17,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-mixed test lint types format wheel study report clean
+.PHONY: help install demo demo-mixed test lint types format wheel study report speed clean
 
 help:
 	@head -n 2 Makefile | sed 's/^# //'
@@ -74,6 +74,13 @@ study: $(STAMP)
 report: $(STAMP)
 	$(BIN)/cdfkd report simulations/results --readme README.md
 	$(BIN)/cdfkd report simulations/results --readme simulations/README.md >/dev/null
+	$(BIN)/python simulations/benchmarks/speed_table.py
+
+# Seconds per iteration of the product and of the plain loop, on this machine, with nothing else on its cores.
+speed: $(STAMP)
+	$(BIN)/python simulations/benchmarks/speed.py
+	$(BIN)/python simulations/benchmarks/where_time_goes.py
+	$(BIN)/python simulations/benchmarks/speed_table.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -77,3 +77,31 @@ def test_a_profile_adds_up(speed: ModuleType, tmp_path: Path, monkeypatch: pytes
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=0.01)
     assert {"convolution", "batch norm", "optimisers"} <= {row["kind"] for row in rows}
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+RESULT = {
+    "hardware": {"cpu": "A CPU", "gpu": "A GPU"}, "runtime": {"device": "cpu", "threads": 2, "precision": "bfloat16"}, "repeats": 5, "bfloat16_gain": 4.62,
+    "peak_gflops": 2500.4, "commit": "0123456789abcdef",
+    "cases": [
+        {"name": "one", "plain_s": 6.0, "engine_s": 2.0, "ratio": 3.0, "gflop": 555.4, "peak_fraction": 0.112, "plain_mb": 1900.4, "engine_mb": 1700.0,
+         "engine_float32_s": 2.5},
+        {"name": "two", "plain_s": 1.0, "engine_s": 0.5, "ratio": 2.0, "gflop": 1.0, "peak_fraction": 0.1, "plain_mb": 10.0, "engine_mb": 11.0},
+    ],
+}  # fmt: skip
+
+
+def test_tables_of_speed_come_from_the_results(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repository / "simulations" / "benchmarks"))
+    import speed_table
+
+    (tmp_path / "box.json").write_text(json.dumps(RESULT))
+    text = "<!-- speed: box -->\nold\n<!-- end of speed -->\n<!-- speed: other -->\nkept\n<!-- end of speed -->\n"
+    found = speed_table.with_tables(text, tmp_path)
+    assert "| one | 6.00 s | 2.00 s | **3.0** | 2.50 s | 555 | 11% | 1900 | 1700 |" in found
+    assert "| two | 1.00 s | 0.50 s | **2.0** | - |" in found
+    assert "A CPU, 2 threads" in found
+    assert "Commit 0123456789." in found
+    assert "old" not in found
+    assert "kept" in found
+    committed = (repository / "simulations" / "README.md").read_text(encoding="utf-8")
+    assert speed_table.with_tables(committed, repository / "simulations" / "results" / "speed") == committed, "run `make report`"
