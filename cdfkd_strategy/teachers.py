@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -128,16 +129,16 @@ class TeacherEnsemble(nn.Module):
     def accepts_channels_last(self) -> bool:
         """Can every teacher compute on images in the channels-last layout?
 
-        Networks that flatten their maps with ``view``, as many tutorials' do, fail on them. The answer leaves the
-        teachers in their contiguous layout if it is no.
+        Networks that flatten their maps with ``view``, as many tutorials' do, fail on them. Copies are asked, one at a time.
         """
-        images = torch.zeros(2, *self.image.shape, device=self.weights.device).to(memory_format=torch.channels_last)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        try:
-            self(images)
-        except RuntimeError:
-            self.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            return False
+        images = torch.zeros(2, *self.image.shape).to(memory_format=torch.channels_last)
+        for net in self.nets:
+            device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+            copied = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            try:
+                copied(images.to(device))
+            except RuntimeError:
+                return False
         return True
 
     def train(self, mode: bool = True) -> TeacherEnsemble:  # noqa: ARG002 - torch's signature

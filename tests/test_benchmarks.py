@@ -105,3 +105,56 @@ def test_tables_of_speed_come_from_the_results(repository: Path, tmp_path: Path,
     assert "kept" in found
     committed = (repository / "simulations" / "README.md").read_text(encoding="utf-8")
     assert speed_table.with_tables(committed, repository / "simulations" / "results" / "speed") == committed, "run `make report`"
+
+
+def test_time_to_accuracy_stops_at_the_shortest_plain_run_that_suffices_and_repeats_nothing(
+    speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time_to_accuracy as timed
+
+    calls: list[Any] = []
+    accuracies = {("product", 0): 0.8, ("product", 1): 0.8, (6, 0): 0.7, (12, 0): 0.8, (12, 1): 0.9}
+
+    class Federation:
+        target = 0.75
+
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+        def merged(self, student: Any) -> float:
+            return accuracies[student]
+
+    def run(federation: Federation, how: Any) -> tuple[Any, float]:
+        key = ("product" if isinstance(how, list) else how, federation.config.seed)
+        calls.append(key)
+        return key, 1.25
+
+    for name in ("product", "plain"):
+        monkeypatch.setattr(timed, name, run)
+    monkeypatch.setattr(timed, "Federation", Federation)
+    monkeypatch.setattr(timed, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", "--seeds", "0", "1", "--plain", "6", "12", "24"])
+    for _ in range(2):
+        timed.main()
+    assert calls == [("product", 0), ("product", 1), (6, 0), (12, 0), (12, 1)]
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["path"], row["seed"], row["seconds"], row["accuracy"]) for row in rows][2] == ("plain 6", 0, 1.2, 0.7)
+
+
+def test_both_paths_of_time_to_accuracy_train_a_student(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time_to_accuracy as timed
+
+    from cdfkd_strategy.run_config import resolve
+
+    tiny = ["data.train_size=300", "clients.count=2", "clients.epochs=1", "method.batch_size=8", "method.epochs=1", "method.iterations=2"]
+    tiny += ["method.generator={width: 0.25}", "engine.device=cpu", "clients.architectures=[small_cnn]", "student.backbone=small_cnn"]
+    monkeypatch.setattr(timed, "CELL", "digits")
+    monkeypatch.setattr(timed, "RUNS", tmp_path)
+    federation = timed.Federation(resolve("digits", tiny))
+    for student, seconds in (timed.product(federation, tiny), timed.plain(federation, 3)):
+        assert seconds > 0
+        assert 0 <= federation.merged(student) <= 1
+        first = federation.student()
+        assert any(not torch.equal(one, other) for one, other in zip(first.parameters(), student.parameters(), strict=True))
+    assert federation.target <= timed.SHARE
