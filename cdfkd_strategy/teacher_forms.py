@@ -13,7 +13,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.models.classifiers import final_linear
-from cdfkd_strategy.precision import as_it_was, keep_depthwise_full
+from cdfkd_strategy.precision import as_it_was, in_full, keep_depthwise_full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.types import ImageSpec
 
@@ -97,14 +97,15 @@ class TeacherForms:
 
     @torch.no_grad()
     def _check(self, net: nn.Module, folded: nn.Module) -> None:
-        """Both must give the same logits on noise.
+        """Both must give the same logits on noise, in the precision of their weights even where a method computes in another.
 
         Raises:
             ArchitectureError: they do not.
         """
         device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
         noise = torch.randn(4, *self.image.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        expected = net(noise)
-        difference = (folded(noise) - expected).abs().max() / expected.abs().max()
+        with in_full(noise):
+            expected = net(noise)
+            difference = (folded(noise) - expected).abs().max() / expected.abs().max()
         if not difference <= TOLERANCE:
             raise ArchitectureError(f"its folded form is off by {float(difference):.0%}")

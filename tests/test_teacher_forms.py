@@ -82,8 +82,12 @@ def test_what_looks_at_batch_norm_gets_the_unfolded_network(images: Tensor) -> N
 def test_bfloat16_is_close_and_handed_out_in_float32(name: str, images: Tensor) -> None:
     teachers = ensemble(name)
     expected = teachers.observe(images)
-    with teachers.prepared(Runtime(fold=True, precision="bfloat16")):
-        for found in (teachers.observe(images), teachers.observe(images, bn=False)):
+    runtime = Runtime(fold=True, precision="bfloat16")
+    with teachers.prepared(runtime):
+        with runtime.autocast():  # as in a method
+            outputs = teachers.observe(images), teachers.observe(images, bn=False)
+        assert norms(teachers._forms.get(teachers.nets[0], observed=False).net) == 0, "folded"
+        for found in outputs:
             assert found.logits.dtype == found.features[0].dtype == torch.float32  # type: ignore[union-attr]
             assert (found.logits - expected.logits).norm() < 0.05 * expected.logits.norm()
         weights = [part.weight for part in teachers._forms.get(teachers.nets[0], observed=False).net.modules() if isinstance(part, nn.Conv2d)]
