@@ -29,6 +29,8 @@ KINDS = {
     "activations and pooling": ("threshold", "relu", "clamp", "pool", "tanh", "upsample"),
     "joining maps": ("cat", "stack", "narrow", "slice"),
     "optimisers": ("Optimizer", "sgd", "adam", "_foreach", "addcdiv", "addcmul", "lerp"),
+    "elementwise and sums": ("add", "sub", "mul", "div", "sum", "mean", "abs", "square", "pow", "sqrt", "norm", "sgn", "softmax", "neg", "exp"),
+    "filling new tensors": ("zero", "fill", "ones", "empty", "randn", "normal"),
 }
 """The first kind with a word in the operation's name takes it."""
 
