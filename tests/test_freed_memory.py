@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from contextlib import nullcontext
 from cdfkd_strategy.freed_memory import kept
 torch.set_num_threads(1)
 def faults():
-    for _ in range(3):
+    for _ in range(20):
         torch.ones(2**23)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -40,9 +39,8 @@ def test_a_step_does_not_pay_for_its_pages_again_and_the_end_gives_them_back() -
         environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PATH": ""}
         return [int(word) for word in subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()]
 
-    page = resource.getpagesize()
     (many, before), (few, after) = run("nullcontext()"), run("kept()")
-    assert many > 20 * 2**25 / page / 4  # 20 times 32 MB, in pages (larger ones where the kernel gives them)
+    assert many >= 20 * 2**25 / 2**21  # 20 times 32 MB, in pages, or in huge pages where the kernel gives them
     assert few < many / 5
     assert after < before + 20
 
