@@ -79,11 +79,12 @@ class EngineConfig:
         """The resolved choices for this machine; how many teachers there will be is not known yet.
 
         Raises:
-            ConfigError: a CUDA device is asked for, and torch sees none. (Reading a configuration needs no device.)
+            ConfigError: a CUDA device is asked for, and torch sees none (reading a configuration needs no device), or ``runtime_from`` has no runtime for
+                this machine.
         """
-        choices = {"channels_last": self.channels_last, "fold": self.fold, "recompute": self.recompute_teachers is True}
         if self.runtime_from is not None:
             return self._read_runtime(Path(self.runtime_from))
+        choices = {"channels_last": self.channels_last, "fold": self.fold, "recompute": self.recompute_teachers is True}
         runtime = Runtime.auto(self.device, self.precision, **choices, **({"threads": self.threads} if self.threads else {}))
         if not runtime.is_available:
             raise ConfigError(f"engine.device is {self.device!r}, but torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); use auto or cpu")

@@ -22,8 +22,8 @@ from cdfkd_strategy import seeding
 Precision = Literal["float32", "bfloat16"]
 
 LEAST_GAIN = 2.0
-"""How much faster a convolution must be in bfloat16: processors with units for it reach 4 to 10, those that imitate it stay below 1.
-Nothing known lies near the threshold, so the answer does not change from one run to the next."""
+"""How much faster a convolution must be in bfloat16. A Xeon with AMX is 4 to 6 times as fast (`bfloat16_gain` in simulations/results/speed), far
+enough from this that noise does not decide; no other device has been measured. Near it two runs may choose differently: `engine.runtime_from`."""
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def keep_depthwise_full(module: nn.Module) -> list[nn.Module]:
     Returns:
         The convolutions; `as_it_was` undoes it.
     """
-    parts: list[nn.Module] = [part for part in module.modules() if type(part) is nn.Conv2d and part.groups > 1]
+    parts: list[nn.Module] = [part for part in module.modules() if type(part) is nn.Conv2d and part.groups == part.in_channels > 1]
     for part in parts:
         part.__class__ = FullConv2d
     return parts

@@ -15,8 +15,7 @@ class TeacherDraw:
     """Draws m of K teachers, step by step.
 
     Half of them (rounded up) come in turn, from a fresh random order of all in every cycle, so that none is forgotten. The
-    others are drawn by what they know: a class at random, then a teacher of it with probability ``w[k, c]``, so that every
-    class is as present as with all teachers.
+    others are drawn by what they know: a class at random, then a teacher of it with probability ``w[k, c]``.
 
     Args:
         weights: ``[K, C]``, columns sum to 1.

@@ -78,18 +78,18 @@ def test_weights_that_an_optimiser_moved_inside_the_block_are_the_new_ones() -> 
 
 
 def test_depthwise_convolutions_stay_in_float32_and_become_ordinary_again() -> None:
-    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3))
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 1))
     names, copied = list(net.state_dict()), copy.deepcopy(net)
     images = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
     changed = keep_depthwise_full(net)
-    assert [type(part) for part in net] == [FullConv2d, nn.Conv2d]
+    assert [type(part) for part in net] == [FullConv2d, nn.Conv2d, nn.Conv2d, nn.Conv2d]
     assert list(net.state_dict()) == names
     with HALF.autocast():
         assert net[0](images).dtype == torch.float32
         assert net(images).dtype == torch.bfloat16
     assert torch.equal(net(images), copied(images))
     as_it_was(changed)
-    assert [type(part) for part in net] == [nn.Conv2d, nn.Conv2d]
+    assert [type(part) for part in net] == [nn.Conv2d] * 4
 
 
 def test_a_student_is_changed_while_it_computes_only() -> None:
