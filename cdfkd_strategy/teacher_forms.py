@@ -43,6 +43,7 @@ class TeacherForms:
     def __init__(self, image: ImageSpec, runtime: Runtime, resident: int = 0) -> None:
         self.image, self.runtime, self.resident = image, runtime, resident
         self._kept: OrderedDict[tuple[nn.Module, bool], Form] = OrderedDict()
+        self._checked: set[nn.Module] = set()
         self._unfoldable: set[nn.Module] = set()
 
     def get(self, net: nn.Module, *, observed: bool) -> Form:
@@ -79,11 +80,13 @@ class TeacherForms:
         linear = final_linear(net, self.image.num_classes)
         name = next((name for name, part in net.named_modules() if part is linear), None)
         try:
-            original = copy.deepcopy(net)
-            as_it_was(original.modules())
-            folded = fold_batch_norm(original)
+            copied = copy.deepcopy(net)
+            as_it_was(copied.modules())
+            folded = fold_batch_norm(copied, inplace=True)
             form = Form(folded, None if name is None else folded.get_submodule(name))  # type: ignore[arg-type]
-            self._check(net, folded)
+            if net not in self._checked:
+                self._check(net, folded)
+                self._checked.add(net)
         except Exception as error:  # tracing runs foreign code: whatever it raises, the answer is the same
             logger.info("%s is computed as it is, its BatchNorm is not folded (%s: %s)", type(net).__name__, type(error).__name__, error)
             self._unfoldable.add(net)

@@ -21,6 +21,7 @@ from cdfkd_strategy.models.generators import Generator, GeneratorConfig
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
+from tests.broken_folding import fold_without_bias
 from tests.methods.trained_teachers import DIGITS, digits
 
 CONFIG = CDFKDMFSConfig(batch_size=64, schedule="constant", student_lr=0.05, generator=GeneratorConfig(latent_dim=32, width=0.5))
@@ -121,16 +122,7 @@ def test_the_bfloat16_path_is_close(mode: Literal["paper", "fused"], repository:
 
 def test_a_wrong_path_is_found(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded without the bias of BatchNorm, and without the check that would refuse it."""
-    true_fold = teacher_forms.fold_batch_norm
-
-    def without_bias(net: nn.Module) -> nn.Module:
-        folded = true_fold(net)
-        for part in folded.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
-        return folded
-
-    monkeypatch.setattr(teacher_forms, "fold_batch_norm", without_bias)
+    monkeypatch.setattr(teacher_forms, "fold_batch_norm", fold_without_bias)
     monkeypatch.setattr(teacher_forms.TeacherForms, "_check", lambda *_: None)
     difference, cosine = compare(Runtime(fold=True), repository)
     assert difference > 2e-2

@@ -114,6 +114,15 @@ def terms(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
+@every_method
+def test_a_run_in_bfloat16_is_finite_and_leaves_float32(cls: type[Distiller]) -> None:
+    result = run(cls, trained_ensemble(3), tiny_student(3), engine={"precision": "bfloat16"})
+    assert result.runtime.precision == "bfloat16"
+    assert all(math.isfinite(value) for row in result.history for value in row.values())
+    assert {tensor.dtype for tensor in result.student.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert torch.isfinite(torch.cat([parameter.flatten() for parameter in result.student.parameters()])).all()
+
+
 # -- form ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.teacher_forms import TeacherForms
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
 from cdfkd_strategy.types import ImageSpec
+from tests.broken_folding import fold_without_bias
 
 IMAGE = ImageSpec(3, 32, 32, 5)
 FOLDED = Runtime(fold=True)
@@ -121,16 +122,7 @@ def test_a_network_that_cannot_be_traced_is_computed_as_it_is_and_said_once(resi
 def test_a_folded_network_that_says_something_else_is_not_used(images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     teachers = ensemble("small_cnn")
     expected = teachers(images)
-    true_fold = teacher_forms.fold_batch_norm
-
-    def without_bias(net: nn.Module) -> nn.Module:
-        folded = true_fold(net)
-        for part in folded.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
-        return folded
-
-    monkeypatch.setattr(teacher_forms, "fold_batch_norm", without_bias)
+    monkeypatch.setattr(teacher_forms, "fold_batch_norm", fold_without_bias)
     with caplog.at_level(logging.INFO), teachers.prepared(FOLDED):
         assert torch.allclose(teachers(images), expected, rtol=1e-4, atol=1e-5)
     assert "is off by" in caplog.text
