@@ -36,7 +36,7 @@ class EngineConfig:
         fold: compute teachers with their BatchNorm folded into convolutions where nothing looks at it. Bits depend on it.
         recompute_teachers: compute teachers a second time in the backward pass instead of keeping the activations of all: "auto" is from
             `RECOMPUTE_FROM` teachers on.
-        resident_teachers: teachers that have working copies on the device at a time; 0 is all.
+        resident_teachers: teachers that have working copies on the device at a time; the weights of all stay in their files, where there are files. 0 is all.
         runtime_from: a ``summary.json`` whose runtime is used instead of all of the above except ``resident_teachers``; None resolves them.
         max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so. A run that is
             resumed with a higher one goes on.

@@ -64,6 +64,8 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
     teachers = load_teachers(directory)
     config = of_the_teachers_data(from_values(teachers.config, overrides), teachers)
+    if config.engine.resident_teachers:
+        teachers = load_teachers(directory, mapped=True)
     check_disclosed(config, teachers)
     get_method(config.method_config()[0]).check_extras(extras_of(teachers))
     return Plan(config, teachers, _test_data(config, teachers) if teachers.config else None)
