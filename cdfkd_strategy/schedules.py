@@ -21,6 +21,41 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
+WARM_UP = 0.15
+"""The share of a one-cycle schedule in which the rate rises."""
+
+RATE_AT_START, LOWEST_MOMENTUM = 0.04, 0.85
+"""Of one cycle: the first rate over the highest (torch's 1 / 25), and the momentum at the highest rate."""
+
+
+def one_cycle(step: int, steps: int, *, highest_momentum: float) -> tuple[float, float]:
+    """The factor of the rate and the momentum of the one-cycle policy (arXiv:1708.07120), both along half a cosine, as torch's OneCycleLR.
+
+    The rate rises from `RATE_AT_START` to 1 during `WARM_UP` and then falls to 0; the momentum falls from its highest value to
+    `LOWEST_MOMENTUM` (never above the highest), and rises again.
+
+    Args:
+        step: from 0.
+        steps: of the whole schedule.
+        highest_momentum: at both ends.
+    """
+    warm, lowest = max(1.0, WARM_UP * steps - 1), min(LOWEST_MOMENTUM, highest_momentum)
+    if step < warm:
+        share = 0.5 * (1 - math.cos(math.pi * step / warm))
+        return RATE_AT_START + (1 - RATE_AT_START) * share, highest_momentum + (lowest - highest_momentum) * share
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, steps - 1 - warm))))
+    return share, highest_momentum + (lowest - highest_momentum) * share
+
+
+def set_momentum(optimizer: Optimizer, momentum: float) -> None:
+    """Give every parameter group of SGD this momentum, or of Adam this first beta."""
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        else:
+            group["momentum"] = momentum
+
+
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every parameter group of an optimiser this learning rate."""
     for group in optimizer.param_groups:

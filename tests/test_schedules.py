@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from cdfkd_strategy.schedules import cosine, multistep, set_rate
+from cdfkd_strategy.schedules import cosine, multistep, one_cycle, set_momentum, set_rate
 
 
 def test_multistep_is_torchs() -> None:
@@ -35,3 +35,27 @@ def test_set_rate_reaches_every_group() -> None:
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 3.0}], lr=1.0)
     set_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_one_cycle_is_torchs(kind: type[torch.optim.Optimizer]) -> None:
+    steps = 40
+    theirs = kind([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    momentum = {"base_momentum": 0.85, "max_momentum": 0.9}
+    if "momentum" in theirs.param_groups[0]:
+        theirs.param_groups[0]["momentum"] = 0.9
+    reference = torch.optim.lr_scheduler.OneCycleLR(theirs, 1.0, steps, pct_start=0.15, **momentum)
+    mine = kind([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for step in range(steps):
+        factor, here = one_cycle(step, steps, highest_momentum=0.9)
+        set_momentum(mine, here)
+        group, expected = mine.param_groups[0], theirs.param_groups[0]
+        assert factor == pytest.approx(expected["lr"], abs=1e-5)
+        assert group.get("betas", [group.get("momentum")])[0] == pytest.approx(expected.get("betas", [expected.get("momentum")])[0])
+        theirs.step()
+        if step < steps - 1:
+            reference.step()
+
+
+def test_a_momentum_below_the_lowest_is_left_alone() -> None:
+    assert {one_cycle(step, 10, highest_momentum=0.5)[1] for step in range(10)} == {0.5}

@@ -20,6 +20,8 @@ Deviations, all switchable:
 - ``schedule="cosine"`` instead of the paper's two steps, for short budgets.
 - ``feature_weight`` counts only teachers whose feature width is the student's (the paper sets it to 0 otherwise).
 - ``teachers_per_step`` of the N teachers take part in a step, and the sums run over them: for many clients.
+- ``student_optimizer="adam"``, ``schedule="one_cycle"`` and ``batches`` (images that are reused, replayed, or from an averaged
+  generator): recipes for short budgets, compared in simulations/README.md.
 - Teacher weight gradients are never computed; BatchNorm statistics only in generator steps. Same mathematics.
 
 A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
@@ -28,7 +30,7 @@ A client must disclose its weights, including BatchNorm running statistics (unle
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +44,8 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, set_rate
+from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, one_cycle, set_momentum, set_rate
+from cdfkd_strategy.synthetic_batches import BatchRecipe, SyntheticBatches
 from cdfkd_strategy.teacher_draw import TeacherDraw
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, StudentOutputs, TeacherOutputs
@@ -66,14 +69,17 @@ class CDFKDMFSConfig:
         head_weight: weight of the headers' L1 in the student's loss.
         fused_weight: w_fused of mode "fused", in both losses.
         balance_weight: w_b of mode "fused".
-        student_lr: SGD, with ``momentum`` and ``weight_decay``.
-        momentum: of SGD.
-        weight_decay: of SGD.
+        student_optimizer: "sgd", as in the paper, or "adam".
+        student_lr: of the student's optimiser; Adam wants about a thirtieth of what SGD does.
+        momentum: of SGD; Adam's first beta.
+        weight_decay: of SGD; Adam has none.
         generator_lr: Adam, default betas.
-        schedule: "multistep" (x0.1 at ``milestones``, in epochs), "cosine" (to 0, per iteration) or "constant", for both.
+        schedule: "multistep" (x0.1 at ``milestones``, in epochs), "cosine" (to 0, per iteration) or "constant", for both; "one_cycle" (see
+            `schedules.one_cycle`) warms the student's rate up while its momentum falls, and the generator's follows the cosine.
         milestones: epochs at which both rates are divided by 10.
         generator: latent width and size of G.
         teachers_per_step: m, the teachers (and headers) that take part in a step, see `TeacherDraw`; 0 is all. Not in the paper.
+        batches: what the student's batches are made of, see `BatchRecipe`; the paper's are fresh images.
     """
 
     mode: Literal["auto", "paper", "fused"] = "auto"
@@ -89,14 +95,16 @@ class CDFKDMFSConfig:
     head_weight: float = 1.0
     fused_weight: float = 1.0
     balance_weight: float = 1.0
+    student_optimizer: Literal["sgd", "adam"] = "sgd"
     student_lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     generator_lr: float = 1e-3
-    schedule: ScheduleName = "multistep"
+    schedule: ScheduleName | Literal["one_cycle"] = "multistep"
     milestones: tuple[int, ...] = (100, 200)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     teachers_per_step: int = 0
+    batches: BatchRecipe = field(default_factory=BatchRecipe)
 
     def __post_init__(self) -> None:
         if self.teachers_per_step < 0:
@@ -113,6 +121,15 @@ class CDFKDMFSConfig:
         return cls(
             epochs=2, iterations=4, student_steps=3, batch_size=32, schedule="cosine", student_lr=0.05, generator=GeneratorConfig(latent_dim=16, width=0.25)
         )
+
+
+class Batch(NamedTuple):
+    """A student's batch: images ``[B, channels, H, W]``, what the teachers that take part say of them, their class weights, and their headers."""
+
+    images: Tensor
+    teachers: TeacherOutputs
+    weights: Tensor
+    headers: MultiHeaderStudent
 
 
 @METHODS.register("cdfkd_mfs")
@@ -148,7 +165,8 @@ class CDFKDMFS(Distiller):
         self.fused = config.mode == "fused" or (config.mode == "auto" and not teachers.is_uniform)
         self.generator = runtime.place(build_generator(image, config.generator))
         self.teacher_draw = TeacherDraw(teachers.weights, config.teachers_per_step or len(teachers))
-        self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.batches = SyntheticBatches(self.generator, config.batches, config.batch_size, image, runtime)
+        self.student_optimizer = _student_optimizer(config, student)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
 
     @property
@@ -164,8 +182,10 @@ class CDFKDMFS(Distiller):
         sums: dict[str, Tensor] = {}
         for iteration in range(self.config.iterations):
             self._set_rates(epoch, iteration)
-            for _ in range(self.config.student_steps):
-                _accumulate(sums, "student", self.student_step(), self.config.student_steps)
+            for step in range(self.config.student_steps):
+                if step % self.config.batches.reuse == 0:
+                    batch = self.next_batch()
+                _accumulate(sums, "student", self.student_step(batch), self.config.student_steps)
             for _ in range(self.config.generator_steps):
                 _accumulate(sums, "generator", self.generator_step(), self.config.generator_steps)
         names = sorted(sums)
@@ -173,14 +193,17 @@ class CDFKDMFS(Distiller):
         return dict(zip(names, values, strict=True))
 
     def _set_rates(self, epoch: int, iteration: int) -> None:
-        config = self.config
+        config, at = self.config, (epoch * self.config.iterations + iteration, self.config.epochs * self.config.iterations)
         factor = 1.0
         if config.schedule == "multistep":
             factor = multistep(epoch, config.milestones)
-        elif config.schedule == "cosine":
-            factor = cosine(epoch * config.iterations + iteration, config.epochs * config.iterations)
-        set_rate(self.student_optimizer, config.student_lr * factor)
+        elif config.schedule in ("cosine", "one_cycle"):
+            factor = cosine(*at)
         set_rate(self.generator_optimizer, config.generator_lr * factor)
+        if config.schedule == "one_cycle":
+            factor, momentum = one_cycle(*at, highest_momentum=config.momentum)
+            set_momentum(self.student_optimizer, momentum)
+        set_rate(self.student_optimizer, config.student_lr * factor)
 
     def _draw(self) -> Tensor:
         assert self.generator is not None
@@ -192,15 +215,20 @@ class CDFKDMFS(Distiller):
         chosen = self.teacher_draw.next(self.rng)
         return self.teachers.drawn(chosen), self.student.only(chosen)
 
-    def student_step(self) -> LossTerms:
-        """One step of the student on a fresh batch; gives the terms of L_S."""
+    @torch.no_grad()
+    def next_batch(self) -> Batch:
+        """New images for the student, with those who take part and what the teachers say."""
         ensemble, headers = self._participants()
         with self.runtime.autocast():
-            with torch.no_grad():
-                images = self._draw()
-                teachers = ensemble.observe(images, bn=False)
+            images = self.batches.next(self.rng)
+            return Batch(images, ensemble.observe(images, bn=False), ensemble.weights, headers)
+
+    def student_step(self, batch: Batch | None = None) -> LossTerms:
+        """One step of the student on a batch, a new one if none is given; gives the terms of L_S."""
+        images, teachers, weights, headers = batch or self.next_batch()
+        with self.runtime.autocast():
             student = headers(images)
-        terms = self.student_loss(student, teachers, ensemble.weights)
+        terms = self.student_loss(student, teachers, weights)
         self.student_optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.student_optimizer.step()
@@ -220,6 +248,7 @@ class CDFKDMFS(Distiller):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.generator_optimizer.step()
+        self.batches.generator_moved()
         return terms
 
     def student_loss(self, student: StudentOutputs, teachers: TeacherOutputs, weights: Tensor | None = None) -> LossTerms:
@@ -245,6 +274,12 @@ class CDFKDMFS(Distiller):
             terms["fused_adversarial"] = -config.fused_weight * kl_divergence(fuse(student.logits, weights), fused)
             terms["balance"] = config.balance_weight * negative_class_entropy(fused)
         return terms
+
+
+def _student_optimizer(config: CDFKDMFSConfig, student: MultiHeaderStudent) -> torch.optim.Optimizer:
+    if config.student_optimizer == "adam":
+        return torch.optim.Adam(student.parameters(), lr=config.student_lr, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def _accumulate(sums: dict[str, Tensor], prefix: str, terms: LossTerms, steps: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.synthetic_batches import BatchRecipe
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, StudentOutputs, TeacherOutputs
 
@@ -200,10 +202,10 @@ def test_five_student_steps_then_one_generator_step(monkeypatch: pytest.MonkeyPa
     def count(name: str) -> None:
         original = getattr(distiller, f"{name}_step")
 
-        def counted() -> Any:
+        def counted(*batch: Any) -> Any:
             rates = (distiller.student_optimizer.param_groups[0]["lr"], distiller.generator_optimizer.param_groups[0]["lr"])
             steps.append((name, *rates))
-            return original()
+            return original(*batch)
 
         monkeypatch.setattr(distiller, f"{name}_step", counted)
 
@@ -232,6 +234,40 @@ def test_cosine_anneals_both_rates_to_zero(monkeypatch: pytest.MonkeyPatch) -> N
     factors = [1.0, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]
     assert [student for student, _ in rates] == pytest.approx(factors)
     assert [generator for _, generator in rates] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize(("reuse", "drawn"), [(1, 10), (2, 6), (5, 2), (9, 2)])
+def test_a_batch_is_reused_within_an_iteration(monkeypatch: pytest.MonkeyPatch, reuse: int, drawn: int) -> None:
+    distiller = method(epochs=1, iterations=2, batches=BatchRecipe(reuse=reuse))
+    batches: list[Any] = []
+    seen: list[Tensor] = []
+    draw, step = distiller.next_batch, distiller.student_step
+    monkeypatch.setattr(distiller, "next_batch", lambda: batches.append(draw()) or batches[-1])
+    monkeypatch.setattr(distiller, "student_step", lambda batch: seen.append(batch.images) or step(batch))
+    distiller.run_epoch(0)
+    assert len(batches) == drawn
+    expected = [index // reuse for index in range(5)]
+    assert [next(at for at, batch in enumerate(batches) if batch.images is images) for images in seen[:5]] == expected
+    assert seen[5] is batches[drawn // 2].images  # the next iteration begins with a new batch
+
+
+def test_adam_and_one_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = method(epochs=2, iterations=10, student_steps=1, student_optimizer="adam", student_lr=0.003, schedule="one_cycle")
+    assert type(distiller.student_optimizer) is torch.optim.Adam
+    rates: list[tuple[float, float, float]] = []
+    original = distiller.generator_step
+
+    def step() -> Any:
+        group = distiller.student_optimizer.param_groups[0]
+        rates.append((group["lr"] / 0.003, group["betas"][0], distiller.generator_optimizer.param_groups[0]["lr"] / 1e-3))
+        return original()
+
+    monkeypatch.setattr(distiller, "generator_step", step)
+    for epoch in range(2):
+        distiller.run_epoch(epoch)
+    assert rates[0] == pytest.approx((0.04, 0.9, 1.0))
+    assert rates[2] == pytest.approx((1.0, 0.85, 0.5 + 0.5 * math.cos(math.pi / 10)))  # 15 % of 20 steps, less one
+    assert rates[-1][:2] == pytest.approx((0.0, 0.9), abs=1e-6)
 
 
 def test_a_student_step_moves_only_the_student_and_a_generator_step_only_the_generator() -> None:
