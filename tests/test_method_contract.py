@@ -53,6 +53,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
         "student_lr": 0.02,
         "generator": GeneratorConfig(latent_dim=64, width=0.25),
     },
+    "zskt": {"epochs": 3, "iterations": 15, "student_steps": 5, "batch_size": 64, "student_lr": 0.01},
     "dense_like": {
         "epochs": 4,
         "generator_steps": 15,
