@@ -70,6 +70,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
         "student_lr": 0.02,
         "generator": GeneratorConfig(latent_dim=64, width=0.25),
     },
+    "cgdd": {"epochs": 4, "iterations": 12, "student_steps": 4, "batch_size": 64, "student_lr": 0.1},
     "zskt": {"epochs": 3, "iterations": 15, "student_steps": 5, "batch_size": 64, "student_lr": 0.01},
     "dense_like": {
         "epochs": 4,

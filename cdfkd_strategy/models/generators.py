@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,7 +81,7 @@ class Generator(nn.Module):
         return full(images)
 
 
-def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> Generator:
+def build_generator(image: ImageSpec, config: GeneratorConfig | None = None, extra_maps: int = 0) -> Generator:
     """The generator of CDFKD-MFS (IEEE TMM 2022, as in the authors' code) for this image size.
 
     Weights are drawn from torch's global random state.
@@ -87,6 +89,7 @@ def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> 
     Args:
         image: the larger side chooses the family (below or from `LARGE_FROM` pixels).
         config: sizes; None is the paper's.
+        extra_maps: further first maps that the body takes, which somebody else makes (`models.conditional_generator`).
 
     Raises:
         ArchitectureError: a side is not a multiple of 4 (below 64 px) or 16 (from 64 px).
@@ -104,18 +107,18 @@ def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> 
     tail: list[nn.Module] = [] if affine else [nn.Tanh()]
     if affine or (config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)):
         tail.append(nn.BatchNorm2d(image.channels, affine=affine))
-    first, layers = (_large_body if large else _small_body)(image.channels, config)
+    first, layers = (_large_body if large else _small_body)(image.channels, config, extra_maps)
     start = (first, image.height // factor, image.width // factor)
     return Generator(config.latent_dim, start, nn.Sequential(*layers, *tail))
 
 
-def _small_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Module]]:
+def _small_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:
     wide, narrow = config.channels(128), config.channels(64)
     # eps=0.8 is the authors' (it was meant as a momentum); it damps the normalisation and changes the images: kept for parity.
     return wide, [
-        nn.BatchNorm2d(wide),
+        nn.BatchNorm2d(wide + extra),
         nn.Upsample(scale_factor=2),
-        nn.Conv2d(wide, wide, 3, padding=1),
+        nn.Conv2d(wide + extra, wide, 3, padding=1),
         nn.BatchNorm2d(wide, eps=0.8),
         nn.LeakyReLU(0.2, inplace=True),
         nn.Upsample(scale_factor=2),
@@ -126,10 +129,10 @@ def _small_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Mo
     ]
 
 
-def _large_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Module]]:
+def _large_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:
     widths = [config.channels(paper) for paper in (512, 256, 128, 64, 64)]
-    layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
-    for narrow, wide in zip(widths[1:], widths, strict=False):
+    layers: list[nn.Module] = [nn.BatchNorm2d(widths[0] + extra)]
+    for narrow, wide in zip(widths[1:], [widths[0] + extra, *widths[1:]], strict=False):
         layers += [
             nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(narrow),
@@ -138,10 +141,24 @@ def _large_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Mo
     return widths[0], [*layers, nn.Conv2d(widths[-1], channels, 3, padding=1)]
 
 
-def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtime: Runtime) -> Tensor:
-    """Draw images as the methods do (train mode), and leave the generator exactly as it was found.
+@contextmanager
+def sampling(generator: nn.Module) -> Iterator[None]:
+    """Draw images inside the block as the methods do (train mode, no graph), and leave the generator exactly as it was found.
 
-    Modes, BatchNorm statistics and gradients are untouched: looking at a run must not change it.
+    Modes and BatchNorm statistics are untouched: looking at a run must not change it.
+    """
+    before = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
+    with torch.no_grad(), modes_kept(generator):
+        try:
+            generator.train()
+            yield
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtime: Runtime) -> Tensor:
+    """Images of a generator that takes z only, under `sampling`.
 
     Args:
         generator: has a ``latent_dim``; on the runtime's device.
@@ -152,14 +169,7 @@ def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtim
     Returns:
         Normalised images ``[count, channels, H, W]``, without a graph.
     """
-    before = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
     z = runtime.normal(count, int(generator.latent_dim), rng=rng)  # type: ignore[arg-type]
-    try:
-        with torch.no_grad(), modes_kept(generator):
-            generator.train()
-            images: Tensor = generator(z)
-            return images
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+    with sampling(generator):
+        images: Tensor = generator(z)
+        return images
