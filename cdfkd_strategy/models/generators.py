@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,8 @@ class GeneratorConfig:
         width: multiplies every hidden width; 1.0 is the paper's generator.
         final_norm: standardise the images over the batch after the tanh (BatchNorm without affine parameters); None
             does as the paper: yes at 32 px and 224 px, no at 128 px.
+        output: "tanh" (CDFKD-MFS), or "affine_norm": no tanh, and the last BatchNorm has a learned scale and shift per
+            channel (ZSKT, arXiv:1905.09768).
 
     Raises:
         ConfigError: a value is outside what is accepted.
@@ -37,12 +42,15 @@ class GeneratorConfig:
     latent_dim: int = 256
     width: float = 1.0
     final_norm: bool | None = None
+    output: Literal["tanh", "affine_norm"] = "tanh"
 
     def __post_init__(self) -> None:
         if self.latent_dim < 1:
             raise ConfigError(f"generator latent_dim is {self.latent_dim}; accepted: at least 1")
         if not 0 < self.width < float("inf"):
             raise ConfigError(f"generator width is {self.width}; accepted: a positive number")
+        if self.output == "affine_norm" and self.final_norm is False:
+            raise ConfigError("generator output is 'affine_norm' and final_norm is False; accepted: final_norm null or true with it")
 
     def channels(self, paper: int) -> int:
         """The paper's number of channels, scaled by ``width``; at least 1."""
@@ -73,7 +81,7 @@ class Generator(nn.Module):
         return full(images)
 
 
-def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> Generator:
+def build_generator(image: ImageSpec, config: GeneratorConfig | None = None, extra_maps: int = 0) -> Generator:
     """The generator of CDFKD-MFS (IEEE TMM 2022, as in the authors' code) for this image size.
 
     Weights are drawn from torch's global random state.
@@ -81,6 +89,7 @@ def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> 
     Args:
         image: the larger side chooses the family (below or from `LARGE_FROM` pixels).
         config: sizes; None is the paper's.
+        extra_maps: further first maps that the body takes, which somebody else makes (`models.conditional_generator`).
 
     Raises:
         ArchitectureError: a side is not a multiple of 4 (below 64 px) or 16 (from 64 px).
@@ -94,22 +103,22 @@ def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> 
             f"no generator for {image.height}x{image.width} px; accepted: both sides multiples of {factor} "
             f"(4 below {LARGE_FROM} px, 16 from there on); resize the images (data.image_size)"
         )
-    final_norm = config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)
-    tail: list[nn.Module] = [nn.Tanh()]
-    if final_norm:
-        tail.append(nn.BatchNorm2d(image.channels, affine=False))
-    first, layers = (_large_body if large else _small_body)(image.channels, config)
+    affine = config.output == "affine_norm"
+    tail: list[nn.Module] = [] if affine else [nn.Tanh()]
+    if affine or (config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)):
+        tail.append(nn.BatchNorm2d(image.channels, affine=affine))
+    first, layers = (_large_body if large else _small_body)(image.channels, config, extra_maps)
     start = (first, image.height // factor, image.width // factor)
     return Generator(config.latent_dim, start, nn.Sequential(*layers, *tail))
 
 
-def _small_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Module]]:
+def _small_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:
     wide, narrow = config.channels(128), config.channels(64)
     # eps=0.8 is the authors' (it was meant as a momentum); it damps the normalisation and changes the images: kept for parity.
     return wide, [
-        nn.BatchNorm2d(wide),
+        nn.BatchNorm2d(wide + extra),
         nn.Upsample(scale_factor=2),
-        nn.Conv2d(wide, wide, 3, padding=1),
+        nn.Conv2d(wide + extra, wide, 3, padding=1),
         nn.BatchNorm2d(wide, eps=0.8),
         nn.LeakyReLU(0.2, inplace=True),
         nn.Upsample(scale_factor=2),
@@ -120,10 +129,10 @@ def _small_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Mo
     ]
 
 
-def _large_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Module]]:
+def _large_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:
     widths = [config.channels(paper) for paper in (512, 256, 128, 64, 64)]
-    layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
-    for narrow, wide in zip(widths[1:], widths, strict=False):
+    layers: list[nn.Module] = [nn.BatchNorm2d(widths[0] + extra)]
+    for narrow, wide in zip(widths[1:], [widths[0] + extra, *widths[1:]], strict=False):
         layers += [
             nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(narrow),
@@ -132,10 +141,24 @@ def _large_body(channels: int, config: GeneratorConfig) -> tuple[int, list[nn.Mo
     return widths[0], [*layers, nn.Conv2d(widths[-1], channels, 3, padding=1)]
 
 
-def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtime: Runtime) -> Tensor:
-    """Draw images as the methods do (train mode), and leave the generator exactly as it was found.
+@contextmanager
+def sampling(generator: nn.Module) -> Iterator[None]:
+    """Draw images inside the block as the methods do (train mode, no graph), and leave the generator exactly as it was found.
 
-    Modes, BatchNorm statistics and gradients are untouched: looking at a run must not change it.
+    Modes and BatchNorm statistics are untouched: looking at a run must not change it.
+    """
+    before = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
+    with torch.no_grad(), modes_kept(generator):
+        try:
+            generator.train()
+            yield
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtime: Runtime) -> Tensor:
+    """Images of a generator that takes z only, under `sampling`.
 
     Args:
         generator: has a ``latent_dim``; on the runtime's device.
@@ -146,14 +169,7 @@ def sample_images(generator: nn.Module, count: int, rng: torch.Generator, runtim
     Returns:
         Normalised images ``[count, channels, H, W]``, without a graph.
     """
-    before = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
     z = runtime.normal(count, int(generator.latent_dim), rng=rng)  # type: ignore[arg-type]
-    try:
-        with torch.no_grad(), modes_kept(generator):
-            generator.train()
-            images: Tensor = generator(z)
-            return images
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+    with sampling(generator):
+        images: Tensor = generator(z)
+        return images
