@@ -44,6 +44,7 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.filterwarnings(WARNE
 ENOUGH: dict[str, dict[str, Any]] = {
     "cdfkd_mfs": {"epochs": 4, "iterations": 14, "batch_size": 64, "student_lr": 0.1},
     "deep_inversion": {"image_steps": 15, "image_batch": 100, "pool_size": 200, "iterations": 40, "batch_size": 50, "student_lr": 0.2, "temperature": 3.0},
+    "mad": {"epochs": 4, "iterations": 14, "student_steps": 3, "batch_size": 32, "student_lr": 0.1},
     "rdskd": {
         "generator_epochs": 9,
         "student_epochs": 10,
