@@ -42,7 +42,24 @@ WARNED = "ignore:.*does not have a deterministic implementation"
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.filterwarnings(WARNED))] if torch.cuda.is_available() else [])]
 
 ENOUGH: dict[str, dict[str, Any]] = {
+    "cdfkd": {
+        "epochs": 3,
+        "iterations": 30,
+        "batch_size": 64,
+        "generator_lr": 5e-4,
+        "one_hot_weight": 1.0,
+        "student_milestones": (2,),
+        "generator": GeneratorConfig(latent_dim=64, width=0.25),
+    },
     "cdfkd_mfs": {"epochs": 4, "iterations": 14, "batch_size": 64, "student_lr": 0.1},
+    "dafl": {
+        "epochs": 3,
+        "iterations": 40,
+        "batch_size": 64,
+        "generator_lr": 5e-4,
+        "student_milestones": (2,),
+        "generator": GeneratorConfig(latent_dim=64, width=0.25),
+    },
     "deep_inversion": {"image_steps": 15, "image_batch": 100, "pool_size": 200, "iterations": 40, "batch_size": 50, "student_lr": 0.2, "temperature": 3.0},
     "mad": {"epochs": 4, "iterations": 14, "student_steps": 3, "batch_size": 32, "student_lr": 0.1},
     "rdskd": {
@@ -54,6 +71,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
         "student_lr": 0.02,
         "generator": GeneratorConfig(latent_dim=64, width=0.25),
     },
+    "zskt": {"epochs": 3, "iterations": 15, "student_steps": 5, "batch_size": 64, "student_lr": 0.01},
     "dense_like": {
         "epochs": 4,
         "generator_steps": 15,

@@ -7,6 +7,9 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+DIGITS_PER_NAT = 1 / math.log(10)
+"""An entropy with log10, as in the code of several authors, is the one in nats times this."""
+
 
 def one_hot_cross_entropy(logits: Tensor) -> Tensor:
     """Cross entropy of logits ``[..., C]`` with their own argmax, in nats: small when every prediction is certain."""

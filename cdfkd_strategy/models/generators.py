@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class GeneratorConfig:
         width: multiplies every hidden width; 1.0 is the paper's generator.
         final_norm: standardise the images over the batch after the tanh (BatchNorm without affine parameters); None
             does as the paper: yes at 32 px and 224 px, no at 128 px.
+        output: "tanh" (CDFKD-MFS), or "affine_norm": no tanh, and the last BatchNorm has a learned scale and shift per
+            channel (ZSKT, arXiv:1905.09768).
 
     Raises:
         ConfigError: a value is outside what is accepted.
@@ -37,12 +40,15 @@ class GeneratorConfig:
     latent_dim: int = 256
     width: float = 1.0
     final_norm: bool | None = None
+    output: Literal["tanh", "affine_norm"] = "tanh"
 
     def __post_init__(self) -> None:
         if self.latent_dim < 1:
             raise ConfigError(f"generator latent_dim is {self.latent_dim}; accepted: at least 1")
         if not 0 < self.width < float("inf"):
             raise ConfigError(f"generator width is {self.width}; accepted: a positive number")
+        if self.output == "affine_norm" and self.final_norm is False:
+            raise ConfigError("generator output is 'affine_norm' and final_norm is False; accepted: final_norm null or true with it")
 
     def channels(self, paper: int) -> int:
         """The paper's number of channels, scaled by ``width``; at least 1."""
@@ -94,10 +100,10 @@ def build_generator(image: ImageSpec, config: GeneratorConfig | None = None) -> 
             f"no generator for {image.height}x{image.width} px; accepted: both sides multiples of {factor} "
             f"(4 below {LARGE_FROM} px, 16 from there on); resize the images (data.image_size)"
         )
-    final_norm = config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)
-    tail: list[nn.Module] = [nn.Tanh()]
-    if final_norm:
-        tail.append(nn.BatchNorm2d(image.channels, affine=False))
+    affine = config.output == "affine_norm"
+    tail: list[nn.Module] = [] if affine else [nn.Tanh()]
+    if affine or (config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)):
+        tail.append(nn.BatchNorm2d(image.channels, affine=affine))
     first, layers = (_large_body if large else _small_body)(image.channels, config)
     start = (first, image.height // factor, image.width // factor)
     return Generator(config.latent_dim, start, nn.Sequential(*layers, *tail))

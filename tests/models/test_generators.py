@@ -70,6 +70,25 @@ def test_the_large_generator_equals_functional_calls_written_by_hand(final_norm)
     torch.testing.assert_close(generator(z), norm(x, None, 1e-5) if final_norm else x)
 
 
+@pytest.mark.parametrize("px", [8, 64])
+def test_an_affine_norm_replaces_the_tanh(px):
+    torch.manual_seed(0)
+    image, sizes = ImageSpec(3, px, px, 10), {"latent_dim": 4, "width": 1 / 32}
+    plain = build_generator(image, GeneratorConfig(**sizes, final_norm=False)).double().train()
+    affine = build_generator(image, GeneratorConfig(**sizes, output="affine_norm")).double().train()
+    assert count(affine) == count(plain) + 2 * 3
+    last = affine.body[-1]
+    assert isinstance(last, nn.BatchNorm2d)
+    affine.project.load_state_dict(plain.project.state_dict())
+    affine.body[:-1].load_state_dict(plain.body[:-1].state_dict())
+    nn.init.uniform_(last.weight, 0.5, 1.5)
+    nn.init.uniform_(last.bias, -0.5, 0.5)
+    z = torch.randn(6, 4, dtype=torch.double)
+    torch.testing.assert_close(affine(z), norm(torch.atanh(plain(z)), last, 1e-5))
+    with pytest.raises(ConfigError, match=r"affine_norm.*final_norm is False"):
+        GeneratorConfig(output="affine_norm", final_norm=False)
+
+
 @pytest.mark.parametrize(
     ("channels", "height", "width", "final"),
     [(1, 8, 8, True), (1, 28, 28, True), (3, 32, 32, True), (3, 48, 32, True), (3, 64, 64, False), (3, 128, 128, False), (1, 224, 224, True)],
