@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.data.augmentation import RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
@@ -31,6 +32,7 @@ class PoolDistillation:
         temperature: T.
         rng: a CPU generator; draws the batches.
         runtime: device, layout and precision.
+        views: gives other views of the images in every step, of which the teachers are asked anew; None shows the images as they are.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class PoolDistillation:
         temperature: float,
         rng: torch.Generator,
         runtime: Runtime,
+        views: RandomViews | None = None,
     ) -> None:
         self.pool, self.teachers, self.student, self.optimizer = pool, teachers, student, optimizer
         self.batch_size, self.temperature, self.rng, self.runtime = batch_size, temperature, rng, runtime
+        self.views = views
 
     def ask_teachers(self) -> None:
         """Ask the teachers once for every image of the pool, unless the answers take too much memory; then they are asked in every step."""
@@ -70,10 +74,12 @@ class PoolDistillation:
 
     def _step(self) -> Tensor:
         positions = self.pool.choose(self.batch_size, self.rng)
-        images = self.pool.at(positions)
+        images = self.runtime.images(self.pool.at(positions))
+        if self.views is not None:
+            images = self.runtime.images(self.views.crop(images))
         with self.runtime.autocast():
-            student = self.student(self.runtime.images(images)).logits
-        known = self.pool.logits
+            student = self.student(images).logits
+        known = self.pool.logits if self.views is None else None
         target = self._targets(images, len(student)) if known is None else known[positions].transpose(0, 1).to(student.device)
         loss = kl_divergence(student, target, self.temperature)
         self.optimizer.zero_grad(set_to_none=True)
