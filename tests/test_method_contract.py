@@ -53,6 +53,16 @@ ENOUGH: dict[str, dict[str, Any]] = {
         "student_lr": 0.02,
         "generator": GeneratorConfig(latent_dim=64, width=0.25),
     },
+    "soft_targets": {
+        "rounds": 4,
+        "image_steps": 40,
+        "image_batch": 100,
+        "pool_size": 400,
+        "epochs": 4,
+        "iterations": 30,
+        "batch_size": 50,
+        "student_lr": 0.02,
+    },
     "dense_like": {
         "epochs": 4,
         "generator_steps": 15,
