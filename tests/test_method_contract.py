@@ -63,6 +63,16 @@ ENOUGH: dict[str, dict[str, Any]] = {
         "batch_size": 50,
         "student_lr": 0.02,
     },
+    "zskd": {
+        "rounds": 4,
+        "image_steps": 40,
+        "image_batch": 100,
+        "pool_size": 400,
+        "epochs": 3,
+        "iterations": 30,
+        "batch_size": 50,
+        "student_lr": 0.02,
+    },
     "dense_like": {
         "epochs": 4,
         "generator_steps": 15,
