@@ -24,6 +24,7 @@ class Distiller(ABC):
     between epochs is an attribute set in ``__init__``: modules, optimisers, schedulers, pools (anything with
     ``state_dict``/``load_state_dict``), tensors, numbers and `torch.Generator` objects are saved and restored by name,
     so that a run resumed at any epoch boundary continues exactly. A list, dict or set that is not empty is an error.
+    A `TransferPool` of synthetic images is called ``pool``: a transfer set on disk is made of it.
 
     Args:
         teachers: the frozen ensemble, already on the runtime's device.

@@ -18,6 +18,8 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import has_state, load_state, save_state, save_tensors, write_text
 from cdfkd_strategy.collapse import CollapseWatch
 from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.data.transfer_pool import TransferPool
+from cdfkd_strategy.data.transfer_set import FILE_NAME, Origin, TransferSet, save_transfer_set
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
@@ -35,6 +37,8 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 SYNTHETIC_FILE = "synthetic.safetensors"
 KEPT_IMAGES = 64
 """Synthetic images that a run directory keeps to look at: a square grid."""
+SAMPLED_AT_ONCE = 256
+"""Images of a transfer set that a generator makes at a time."""
 
 
 class DistillResult(NamedTuple):
@@ -104,8 +108,8 @@ def distill(
         config: the method's ``Config``; None is its defaults.
         image: what the networks take; None is the teachers' own.
         seed: of everything random in the run.
-        out: directory for ``losses.csv``, ``generator.safetensors``, ``synthetic.safetensors`` (64 images, pixels as bytes) and
-            ``checkpoint/``; None keeps nothing.
+        out: directory for ``losses.csv``, ``generator.safetensors``, ``synthetic.safetensors`` (64 images, pixels as bytes),
+            ``transfer_set.safetensors`` if ``engine`` asks for it, and ``checkpoint/``; None keeps nothing.
         evaluate: called with the student (in eval mode) at epoch boundaries; what it returns is added to the history.
         engine: how to run; None is the defaults.
         resume: continue from ``out/checkpoint`` if there is one.
@@ -152,6 +156,8 @@ def distill(
     student.eval()
     if directory is not None:
         _keep_images(directory, distiller, seed)
+        if engine.transfer_images:
+            _keep_transfer_set(directory, run, engine.transfer_images)
     return DistillResult(student, distiller.generator, run.history, len(run.history), stopped_by, runtime, distiller.sample)
 
 
@@ -164,6 +170,25 @@ def _keep_images(directory: Path, distiller: Distiller, seed: int) -> None:
     if images is not None:
         pixels = distiller.image.to_pixels(images).mul(255).round().to(torch.uint8)
         save_tensors(directory / SYNTHETIC_FILE, {"pixels": pixels.contiguous()})
+
+
+def _keep_transfer_set(directory: Path, run: _Run, count: int) -> None:
+    """So many images of a generator, or different ones of a pool and no more than it has."""
+    distiller, rng = run.distiller, seeding.generator("transfer set", run.seed)
+    pool = getattr(distiller, "pool", None)
+    if isinstance(pool, TransferPool) and len(pool):
+        pixels = pool.pixels[pool.choose(min(count, len(pool)), rng)]
+    else:
+        with distiller.runtime.scope():
+            parts = [distiller.sample(min(SAMPLED_AT_ONCE, count - start), rng) for start in range(0, count, SAMPLED_AT_ONCE)]
+        made = [distiller.image.to_pixels(part).mul(255).round().to(torch.uint8).cpu() for part in parts if part is not None]
+        if not made:
+            logger.warning("method %r has made no images, so that there is no transfer set to keep", distiller.name)
+            return
+        pixels = torch.cat(made)
+    origin = Origin(distiller.image, distiller.name, run.seed, tuple(run.identity["teachers"]))
+    save_transfer_set(directory / FILE_NAME, TransferSet(pixels, origin))
+    logger.info("transfer set: %d images in %s", len(pixels), directory / FILE_NAME)
 
 
 def saved_runtime(directory: Path) -> Runtime | None:

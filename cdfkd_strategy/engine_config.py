@@ -43,6 +43,8 @@ class EngineConfig:
         checkpoint_every: epochs between checkpoints (the last epoch always has one).
         evaluate_every: epochs between calls of ``evaluate`` (the last epoch always has one); 0 is only the last.
         watch_images: synthetic images of the collapse watch, once per epoch; 0 turns it off.
+        transfer_images: synthetic images that the run directory keeps as a transfer set at the end, for `cdfkd distill --transfer-set`; 0 is none. A method
+            with a pool gives what is in it and no more.
         progress: show a progress bar when standard error is a terminal.
     """
 
@@ -58,6 +60,7 @@ class EngineConfig:
     checkpoint_every: int = 1
     evaluate_every: int = 0
     watch_images: int = 64
+    transfer_images: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class EngineConfig:
             raise ConfigError(f"engine.checkpoint_every is {self.checkpoint_every}; accepted: at least 1")
         if self.resident_teachers < 0:
             raise ConfigError(f"engine.resident_teachers is {self.resident_teachers}; accepted: at least 1, or 0 for all")
+        if self.transfer_images < 0:
+            raise ConfigError(f"engine.transfer_images is {self.transfer_images}; accepted: at least 1, or 0 for none")
         if self.device != "auto":
             try:
                 torch.device(self.device)

@@ -10,24 +10,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
-from cdfkd_strategy.data.client_share import train_label_counts
+from cdfkd_strategy.data.client_share import all_training_rows, train_label_counts
 from cdfkd_strategy.data.datasets import ImageData, load_data
+from cdfkd_strategy.data.partition import OWN
+from cdfkd_strategy.data.transfer_set import load_transfer_set
 from cdfkd_strategy.engine import distill, saved_runtime
 from cdfkd_strategy.errors import CDFKDError, ConfigError
 from cdfkd_strategy.harness import Harness, count_weights
 from cdfkd_strategy.local_training import train_all
-from cdfkd_strategy.methods import get_method
+from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
 from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
-from cdfkd_strategy.types import Extras
+from cdfkd_strategy.types import Extras, ImageSpec
 from cdfkd_strategy.warm_start import first_student
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,9 @@ logger = logging.getLogger(__name__)
 FIXED = ("data", "clients")
 """Parts of a configuration that the teachers in a directory were made with; only ``data.path`` may change afterwards."""
 
+
+PROXY_IMAGES = 50_000
+"""Images at most that a method which declares real ones is given; as float32, 50,000 of 32 x 32 pixels in colour take 600 MB."""
 
 DISCLOSED = f"disclosed by every client: its label counts per class (server.weights={LABEL_COUNTS})"
 
@@ -67,8 +73,9 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
     if config.engine.resident_teachers:
         teachers = load_teachers(directory, mapped=True)
     check_disclosed(config, teachers)
-    get_method(config.method_config()[0]).check_extras(extras_of(teachers))
-    return Plan(config, teachers, _test_data(config, teachers) if teachers.config else None)
+    data = _test_data(config, teachers) if teachers.config else None
+    get_method(config.method_config()[0]).check_extras(extras_of(teachers, config, data))
+    return Plan(config, teachers, data)
 
 
 def of_the_teachers_data(config: RunConfig, teachers: TeacherSet) -> RunConfig:
@@ -91,9 +98,38 @@ def check_disclosed(config: RunConfig, teachers: TeacherSet) -> None:
         )
 
 
-def extras_of(teachers: TeacherSet) -> Extras:
-    """What the directory has besides the teachers: disclosed label counts."""
-    return Extras(label_counts=None if teachers.label_counts is None else torch.tensor(teachers.label_counts))
+def extras_of(teachers: TeacherSet, config: RunConfig | None = None, data: ImageData | None = None) -> Extras:
+    """What there is besides the teachers: disclosed label counts, and images for a method that declares them (`proxy_images`)."""
+    counts = None if teachers.label_counts is None else torch.tensor(teachers.label_counts)
+    return Extras(label_counts=counts, proxy_data=None if config is None else proxy_images(config, teachers.image, data))
+
+
+def proxy_images(config: RunConfig, image: ImageSpec, data: ImageData | None) -> Tensor | None:
+    """Images for a method that declares real ones, and None for every other: ``server.transfer_set``, or else the training images of all clients.
+
+    The latter no server of a federation has: they make the upper bound of a benchmark. At most `PROXY_IMAGES`, a seeded choice of more.
+
+    Raises:
+        ConfigError: a transfer set for a method that takes no images.
+        DataError: the transfer set cannot be used.
+    """
+    name = config.method_config()[0]
+    if not get_method(name).needs.proxy_data:
+        if config.server.transfer_set is not None:
+            takers = ", ".join(sorted(other for other in METHODS if METHODS[other].needs.proxy_data))
+            raise ConfigError(f"server.transfer_set is {config.server.transfer_set!r}, but method {name!r} takes no images; accepted with it: {takers}")
+        return None
+    if config.server.transfer_set is not None:
+        pixels = load_transfer_set(Path(config.server.transfer_set), image).pixels
+        rows = torch.arange(len(pixels))
+    elif data is None or config.data.partition.name == OWN:
+        return None
+    else:
+        pixels, rows = data.x_train, all_training_rows(data, config.data, config.clients.count, config.seed)
+    if len(rows) > PROXY_IMAGES:
+        chosen = torch.randperm(len(rows), generator=seeding.generator("proxy images", config.seed))[:PROXY_IMAGES]
+        rows = rows[chosen.sort().values]
+    return image.normalise(pixels[rows].float() / 255)
 
 
 def _test_data(config: RunConfig, teachers: TeacherSet) -> ImageData | None:
@@ -165,7 +201,7 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
         engine=config.engine,
         resume=resume,
         runtime=runtime,
-        extras=extras_of(teachers),
+        extras=extras_of(teachers, config, work.data),
     )
     distilled = time.perf_counter()
     save_student(out, student, ensemble.weights)

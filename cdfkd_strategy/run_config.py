@@ -38,6 +38,7 @@ class ServerConfig:
         fraction_evaluate: fraction of the clients that evaluate in a round.
         timeout: seconds to wait for the replies of a round.
         node_wait: seconds to wait for all ``clients.count`` nodes to connect; then a round begins with those that are there.
+        transfer_set: a file of synthetic images for a method that takes real ones (`cdfkd distill` only); None is no file.
     """
 
     rounds: int = 1
@@ -50,6 +51,7 @@ class ServerConfig:
     fraction_evaluate: float = 1.0
     timeout: float = 3600.0
     node_wait: float = 120.0
+    transfer_set: str | None = None
 
     def __post_init__(self) -> None:
         if self.weights != LABEL_COUNTS and self.weights not in COMPETENCE:

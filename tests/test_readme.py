@@ -120,14 +120,14 @@ def test_server_app_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_method_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
-    (tmp_path / "noise_method.py").write_text(block_with("class Noise(", "python"), encoding="utf-8")
+    (tmp_path / "static_method.py").write_text(block_with("class Static(", "python"), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    example = importlib.import_module("noise_method")
+    example = importlib.import_module("static_method")
     with seeding.seeded_scope("readme"):
         teachers = TeacherEnsemble([build_classifier("small_cnn", IMAGE) for _ in range(2)], None, image=IMAGE)
         student = MultiHeaderStudent("small_cnn", 2, IMAGE)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    result = distill(teachers, student, "noise", config=example.NoiseConfig.toy(), out=tmp_path / "run")
+    result = distill(teachers, student, "static", config=example.StaticConfig.toy(), out=tmp_path / "run")
     assert result.epochs_done == 2
     assert result.history[0]["student/kl"] > 0
     assert any(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())

@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument("--teachers", required=True, metavar="DIR", help="what `cdfkd teachers` wrote, or the uploads/ of a run")
     distill.add_argument("--method", metavar="NAME", help="default: the one in the directory's configuration")
     distill.add_argument("--student", metavar="BACKBONE", help="the student's backbone; default: the one in the directory's configuration")
+    distill.add_argument("--save-transfer-set", metavar="N", type=int, help="keep N synthetic images in --out as transfer_set.safetensors")
+    distill.add_argument("--transfer-set", metavar="FILE", help="learn from the images that an earlier run kept; without --method, by kd")
     _takes_overrides(distill)
     _takes_out(distill, resume=True)
     distill.set_defaults(command="running:distill")

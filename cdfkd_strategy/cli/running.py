@@ -43,8 +43,11 @@ def distill(args: argparse.Namespace) -> None:
     from cdfkd_strategy.offline import distill_directory, plan
 
     overrides = list(args.overrides)
-    overrides += [f"method.name={args.method}"] if args.method else []
+    method = args.method or ("kd" if args.transfer_set else None)
+    overrides += [f"method.name={method}"] if method else []
     overrides += [f"student.backbone={args.student}"] if args.student else []
+    overrides += [f"engine.transfer_images={args.save_transfer_set}"] if args.save_transfer_set is not None else []
+    overrides += [f"server.transfer_set={json.dumps(str(Path(args.transfer_set).resolve()))}"] if args.transfer_set else []
     work = plan(Path(args.teachers), overrides)
     out = check_out(args.out, resume=args.resume)
     if not is_finished(out, work.config):

@@ -77,6 +77,14 @@ def train_label_counts(data: ImageData, config: DataConfig, clients: int, seed: 
     return label_counts(data.y_train.numpy(), trained, data.image.num_classes)
 
 
+def all_training_rows(data: ImageData, config: DataConfig, clients: int, seed: int) -> Tensor:
+    """The rows ``[n]`` of the training set that some client trains on, local test parts excluded, in ascending order."""
+    seed = config.seed_in(seed)
+    parts = _parts(data, config, clients, seed)
+    trained = [_hold_out(part, config.local_test, seed, client).train for client, part in enumerate(parts)]
+    return torch.from_numpy(np.unique(np.concatenate(trained)))
+
+
 def _parts(data: ImageData, config: DataConfig, clients: int, seed: int) -> list[Indices]:
     domains = None if data.domain_train is None else data.domain_train.numpy()
     return partition_indices(data.y_train.numpy(), clients, config.partition, seed, num_classes=data.image.num_classes, domains=domains)

@@ -1,0 +1,221 @@
+"""ZSKD: data impressions from Dirichlet targets that follow the similarity of classes (Nayak et al., ICML 2019).
+
+Paper: https://arxiv.org/abs/1905.08114
+
+W [C, D] are the rows of the teacher's classifier, w_c the row of class c, T(x) its logits.
+
+(a) Impressions, round by round, for every class k in turn and every beta of {1, 0.1} in turn:
+
+        C_kj = <w_k, w_j> / (|w_k| |w_j|), brought to [0, 1] by its smallest and largest entry
+        y ~ Dirichlet( beta C_k + 1e-4 )
+        min_x  CE( y, softmax(T(x) / tau) ),  tau = 20                                    (Adam, from x ~ U(0, 1))
+
+    After every step the whole batch is stretched to [0, 1].
+(b) Distillation over all impressions: L_S = tau^2 KL( softmax(T(x) / tau) || softmax(S(x) / tau) )  (Adam).
+
+A small beta gives targets that are nearly one-hot, beta = 1 softer ones. The metrics have the share of targets whose largest
+entry is another class than k.
+
+Two bugs of the authors' code:
+
+- Its sampler brings every row of beta C to [0, 1] once more, so that beta = 0.1 is beta = 1 and all targets are soft ones. Fixed with
+  ``mode="paper"``, the default; ``mode="code"`` does the same as the code.
+- It draws new noise once per class and beta only, so that all batches but the first start from the images before them. Here every
+  round starts from noise, in both modes.
+
+Deviations:
+
+- Several teachers (the paper has one): C is the mean of the teachers' similarities, and CE the mean of their cross entropies, row k of C and an
+  image of class k with the class weights w[., k]. In stage (b) header k imitates teacher k, and a student with one header
+  imitates the fused ensemble; one teacher is the paper's case.
+- A round has all classes and betas in turn, and not one of each. The impressions are stored as bytes.
+- The student's images are not augmented (the paper scales, shifts, rotates and flips them), which is not right for every kind of
+  image; its rate and epochs are the authors' code's.
+
+A client must disclose its weights; BatchNorm statistics are not used as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cdfkd_strategy import seeding
+from cdfkd_strategy.data.transfer_pool import TransferPool
+from cdfkd_strategy.distiller import METHODS, Distiller
+from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.image_optimisation import optimise_pixels, stretched
+from cdfkd_strategy.models.feature_layer import feature_layer
+from cdfkd_strategy.pool_distillation import PoolDistillation
+from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
+
+LEAST_CONCENTRATION = 1e-4
+"""Added to every concentration, as in the authors' code: the least similar class has 0, which no Dirichlet distribution takes."""
+
+
+@dataclass(frozen=True)
+class ZSKDConfig:
+    """Settings of `ZSKD`; the defaults are the authors' for CIFAR-10.
+
+    Args:
+        mode: "paper", or "code" with every row of beta C brought to [0, 1] once more.
+        betas: scales of the concentrations, in turn.
+        temperature: tau, in both stages.
+        rounds: batches of impressions, one epoch each.
+        image_steps: optimisation steps per round.
+        image_batch: images per round.
+        image_lr: Adam on pixels in [0, 1].
+        pool_size: impressions that are kept; beyond, the oldest go.
+        epochs: epochs of stage (b).
+        iterations: student steps per epoch; 625 of 64 images are one pass over 40,000.
+        batch_size: images per student step.
+        student_lr: Adam, default betas.
+    """
+
+    mode: Literal["paper", "code"] = "paper"
+    betas: tuple[float, ...] = (1.0, 0.1)
+    temperature: float = 20.0
+    rounds: int = 400
+    image_steps: int = 1500
+    image_batch: int = 100
+    image_lr: float = 1e-3
+    pool_size: int = 40_000
+    epochs: int = 500
+    iterations: int = 625
+    batch_size: int = 64
+    student_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
+        if self.batch_size < 2:
+            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
+        if not self.betas or min(self.betas) <= 0:
+            raise ConfigError(f"method.betas is {list(self.betas)}; accepted: one or more positive numbers")
+        if self.temperature <= 0:
+            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+
+    @classmethod
+    def toy(cls) -> ZSKDConfig:
+        """The smallest setting that runs every stage."""
+        return cls(rounds=2, image_steps=6, image_batch=32, image_lr=0.05, pool_size=48, epochs=2, iterations=6, batch_size=32)
+
+
+class Targets(NamedTuple):
+    """``probabilities [B, C]`` (y) of the images of a round, and the class ``labels [B]`` that each was drawn for."""
+
+    probabilities: Tensor
+    labels: Tensor
+
+
+@METHODS.register("zskd")
+class ZSKD(Distiller):
+    """Zero-shot knowledge distillation (https://arxiv.org/abs/1905.08114); see the module's docstring for the losses and the deviations.
+
+    The student may have one header per teacher, or one for all.
+    """
+
+    name = "zskd"
+    Config = ZSKDConfig
+    needs = Needs(features=True)
+    config: ZSKDConfig
+
+    def __init__(
+        self,
+        teachers: TeacherEnsemble,
+        student: nn.Module,
+        config: ZSKDConfig,
+        *,
+        image: ImageSpec,
+        rng: torch.Generator,
+        runtime: Runtime,
+    ) -> None:
+        super().__init__(teachers, student, config, image=image, rng=rng, runtime=runtime)
+        self.pool = TransferPool(config.pool_size, image)
+        self.student_optimizer = torch.optim.Adam(student.parameters(), lr=config.student_lr)
+        self.distillation = PoolDistillation(
+            self.pool,
+            teachers,
+            student,
+            self.student_optimizer,
+            batch_size=config.batch_size,
+            temperature=config.temperature,
+            rng=rng,
+            runtime=runtime,
+        )
+
+    @property
+    def num_epochs(self) -> int:
+        """Rounds of image optimisation, and epochs of distillation."""
+        return self.config.rounds + self.config.epochs
+
+    def run_epoch(self, epoch: int) -> Metrics:
+        """One round of impressions (stage a), or ``iterations`` student steps (stage b)."""
+        if epoch < self.config.rounds:
+            return self._impress(self.targets(epoch))
+        if epoch == self.config.rounds:
+            self.distillation.ask_teachers()
+        return {"student/kl": self.distillation.epoch(self.config.iterations)}
+
+    def sample(self, count: int, rng: torch.Generator) -> Tensor | None:
+        """Impressions, or None before there are any."""
+        return self.runtime.images(self.pool.draw(count, rng)) if len(self.pool) else None
+
+    def similarity(self) -> Tensor:
+        """The class similarity ``[C, C]`` in [0, 1], on the CPU: of all teachers, row c with their weights for class c."""
+        found = torch.zeros(self.image.num_classes, self.image.num_classes, dtype=torch.float64)
+        for net, weights in zip(self.teachers.nets, self.teachers.weights.cpu(), strict=True):
+            rows = F.normalize(feature_layer(net, self.image.num_classes, "classes").weight.cpu().double(), dim=1)
+            found += weights[:, None] * (rows @ rows.T)
+        return _from_0_to_1(found)
+
+    def concentrations(self, labels: Tensor, betas: Tensor) -> Tensor:
+        """Of the Dirichlet distributions of images for ``labels [B]`` with ``betas [B]``: ``[B, C]``, on the CPU."""
+        scaled = betas[:, None] * self.similarity()[labels]
+        if self.config.mode == "code":
+            scaled = torch.stack([_from_0_to_1(row) for row in scaled])
+        return scaled + LEAST_CONCENTRATION
+
+    def targets(self, round_: int) -> Targets:
+        """The targets of a round: all classes in turn, and after each turn the next beta, going on where the round before stopped."""
+        config, classes = self.config, self.image.num_classes
+        place = torch.arange(round_ * config.image_batch, (round_ + 1) * config.image_batch)
+        labels = place % classes
+        betas = torch.tensor(config.betas, dtype=torch.float64)[place // classes % len(config.betas)]
+        with seeding.seeded_scope("zskd", int(torch.randint(2**62, (), generator=self.rng))):  # torch's Dirichlet takes no generator
+            y = torch.distributions.Dirichlet(self.concentrations(labels, betas)).sample()
+        return Targets(y.float().to(self.runtime.device), labels.to(self.runtime.device))
+
+    def image_loss(self, pixels: Tensor, targets: Targets) -> LossTerms:
+        """The cross entropy of stage (a) for ``pixels [B, channels, H, W]`` in [0, 1]."""
+        logits = self.teachers(self.image.normalise(pixels))
+        entropies = -(targets.probabilities * F.log_softmax(logits.float() / self.config.temperature, dim=-1)).sum(-1)
+        return {"images/cross_entropy": (self.teachers.weights[:, targets.labels] * entropies).sum(0).mean()}
+
+    def _impress(self, targets: Targets) -> Metrics:
+        """Optimise one batch of impressions and add it to the pool; the metrics are those of the last step, and how the classes came out."""
+        config = self.config
+        noise = torch.rand(config.image_batch, *self.image.shape, generator=self.rng)
+        pixels, terms = optimise_pixels(
+            self.runtime.images(noise), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=stretched
+        )
+        images = self.image.normalise(pixels)
+        self.pool.add(images)
+        wanted = targets.probabilities.argmax(-1)
+        with torch.no_grad():
+            said = self.teachers.fused(images).argmax(-1)
+        found = {**terms, "images/agreement": (said == wanted).float().mean(), "targets/other_class": (wanted != targets.labels).float().mean()}
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+
+def _from_0_to_1(values: Tensor) -> Tensor:
+    """Shifted and scaled so that the smallest value is 0 and the largest 1."""
+    low, high = values.aminmax()
+    return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
