@@ -1,4 +1,4 @@
-"""The student of a first round: fresh headers on a trunk that is random, or already knows something."""
+"""The student of a first round: one or more fresh headers on a trunk that is random, or already knows something."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.averaging import average_state
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.models.plain_student import PlainStudent, Student
 from cdfkd_strategy.teachers import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 
 Init = Literal["average", "random"]
+Heads = Literal["per_teacher", "one", "plain"]
 
 
 def first_student(
@@ -48,3 +50,24 @@ def first_student(
         trunk.load_state_dict({name: state[name] for name in trunk.state_dict()})
         logger.info("the student's trunk starts from the mean of %d teachers", len(same))
     return student
+
+
+def chosen_student(
+    heads: Heads, backbone: str, teachers: TeacherEnsemble, *, max_width: int | Literal["auto"] | None = "auto", init: Init = "average", seed: int
+) -> Student:
+    """A first student of one of three kinds, for the comparison of methods; the same seed gives students with headers the same trunk.
+
+    Args:
+        heads: "per_teacher" is `first_student`; "one" has its trunk and the first of its headers; "plain" is the backbone with its own
+            classifier, always from random weights.
+        backbone: an architecture's name.
+        teachers: the ensemble.
+        max_width: see `MultiHeaderStudent`.
+        init: "average" or "random".
+        seed: of the random part.
+    """
+    if heads == "plain":
+        with seeding.seeded_scope("student", seed):
+            return PlainStudent(backbone, teachers.image)
+    student = first_student(backbone, teachers, max_width=max_width, init=init, seed=seed)
+    return student.with_heads(1) if heads == "one" else student

@@ -95,8 +95,24 @@ def from_run_config(values: UserConfig) -> tuple[RunConfig, Path | None]:
     return config, Path(out) if out else None
 
 
+def check_federated(config: RunConfig) -> None:
+    """Some settings are for the comparison of methods on the same teachers, and have no meaning between server and clients.
+
+    Raises:
+        ConfigError: the configuration has one of them.
+    """
+    for name, value, accepted in (("student.heads", config.student.heads, "per_teacher"), ("clients.init", config.clients.init, "common")):
+        if value != accepted:
+            raise ConfigError(f"{name} is {value!r}; accepted with Flower: {accepted!r} (`cdfkd teachers`, `cdfkd distill` and `cdfkd bench` take the others)")
+
+
 def make_strategy(config: RunConfig, image: ImageSpec, harness: Harness, out: Path | None, *, resume: bool) -> CDFKDStrategy:
-    """The strategy of a configuration."""
+    """The strategy of a configuration.
+
+    Raises:
+        ConfigError: it has settings that are for a distillation without Flower.
+    """
+    check_federated(config)
     method, method_config = config.method_config()
     return CDFKDStrategy(
         image,

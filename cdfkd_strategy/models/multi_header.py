@@ -31,19 +31,23 @@ class StudentSpec:
         heads: ``K``.
         image: input and classes.
         max_width: stages wider than this are narrowed by a 1x1 convolution; None narrows nothing.
+        plain: not a multi-header student, but the backbone with its own classifier (`PlainStudent`).
     """
 
     backbone: str
     heads: int
     image: ImageSpec
     max_width: int | None = None
+    plain: bool = False
 
     def build(self) -> MultiHeaderStudent:
         """A freshly initialised student (from torch's global random state).
 
         Raises:
-            ArchitectureError: the student was built on a module of the user's, which plain values cannot describe.
+            ArchitectureError: the student was built on a module of the user's, which plain values cannot describe, or it has no headers.
         """
+        if self.plain:
+            raise ArchitectureError("a plain student has no headers; accepted: the spec of a multi-header student (`build_student` builds both)")
         if self.backbone.startswith("<"):
             raise ArchitectureError(f"a student on the user's own module {self.backbone} cannot be built from its spec; build it where the module is known")
         return MultiHeaderStudent(self.backbone, self.heads, self.image, max_width=self.max_width)
