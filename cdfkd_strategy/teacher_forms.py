@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import OrderedDict
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.models.classifiers import final_linear
+from cdfkd_strategy.models.stages import StagedClassifier, with_stages
 from cdfkd_strategy.precision import as_it_was, in_full, keep_depthwise_full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.types import ImageSpec
@@ -45,6 +47,7 @@ class TeacherForms:
         self._kept: OrderedDict[tuple[nn.Module, bool], Form] = OrderedDict()
         self._checked: set[nn.Module] = set()
         self._unfoldable: set[nn.Module] = set()
+        self._staged: WeakKeyDictionary[nn.Module, StagedClassifier | None] = WeakKeyDictionary()
 
     def get(self, net: nn.Module, *, observed: bool) -> Form:
         """The form of a teacher.
@@ -63,6 +66,27 @@ class TeacherForms:
             self._kept[key] = self._folded(net) if folded else self._placed(net)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def staged(self, net: nn.Module, *, observed: bool) -> tuple[Form, StagedClassifier | None]:
+        """The form of a teacher, and the same with the maps of its stages; None if they cannot be found.
+
+        A folded form whose stages are not those of the original gives way to the plain one.
+        """
+        form, original = self.get(net, observed=observed), self._with_stages(net)
+        staged = original if original is None or form.net is net else self._with_stages(form.net)
+        if original is None or (staged is not None and staged.shapes == original.shapes):
+            return form, staged
+        return (form, None) if observed else self.staged(net, observed=True)
+
+    def _with_stages(self, form: nn.Module) -> StagedClassifier | None:
+        if form not in self._staged:
+            try:
+                with self.runtime.autocast():
+                    self._staged[form] = with_stages(form, self.image)
+            except ArchitectureError as error:
+                logger.info("%s has no stage maps (%s)", type(form).__name__, error)
+                self._staged[form] = None
+        return self._staged[form]
 
     def _placed(self, net: nn.Module) -> Form:
         """A copy on the device, BatchNorm and all."""

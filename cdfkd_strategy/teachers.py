@@ -172,24 +172,26 @@ class TeacherEnsemble(nn.Module):
         """Log-probabilities ``[B, C]`` of the weighted ensemble (`fuse` with this ensemble's weights)."""
         return fuse(self(images), self.weights)
 
-    def observe(self, images: Tensor, *, bn: bool = True) -> TeacherOutputs:
-        """Logits, features before the last linear layer, and BatchNorm distances (DeepInversion, arXiv:1912.08795, eq. 4).
+    def observe(self, images: Tensor, *, bn: bool = True, maps: bool = False) -> TeacherOutputs:
+        """Logits, features before the last linear layer, BatchNorm distances (DeepInversion, arXiv:1912.08795, eq. 4), and stage maps.
 
         Args:
             images: normalised, ``[B, channels, H, W]``.
             bn: compute the distances: the batch statistics of every BatchNorm2d input, in float32. Without them it
                 costs what `forward` costs, and ``bn`` is None for every teacher.
+            maps: give the last map of every resolution (`models.stages`), in float32, at most four per teacher.
         """
-        logits, features, distances = zip(*(self._recomputed(self._observe, net, images, bn) for net in self.nets), strict=True)
-        return TeacherOutputs(torch.stack(logits), features, distances)
+        seen = (self._recomputed(self._observe, net, images, bn, maps) for net in self.nets)
+        logits, features, distances, stages = zip(*seen, strict=True)
+        return TeacherOutputs(torch.stack(logits), features, distances, stages)
 
     def _logits(self, net: nn.Module, images: Tensor) -> Tensor:
         with self._forms.runtime.autocast():
             return full(self._forms.get(net, observed=False).net(images))
 
-    def _observe(self, original: nn.Module, images: Tensor, bn: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits ``[B, C]``, features ``[B, D_k]`` and distances ``[L_k]`` of one teacher."""
-        net, linear = self._forms.get(original, observed=bn)
+    def _observe(self, original: nn.Module, images: Tensor, bn: bool, maps: bool) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """Logits ``[B, C]``, features ``[B, D_k]``, distances ``[L_k]`` and stage maps of one teacher."""
+        (net, linear), staged = self._forms.staged(original, observed=bn) if maps else (self._forms.get(original, observed=bn), None)
         norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats] if bn else []
         layers: list[Tensor] = []
         seen: list[Tensor] = []
@@ -198,11 +200,11 @@ class TeacherEnsemble(nn.Module):
             hooks.append(linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
         try:
             with self._forms.runtime.autocast():
-                logits = net(images)
+                logits, stages = (net(images), ()) if staged is None else staged(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        return full(logits), full(seen[-1]) if seen else None, torch.stack(layers) if layers else None
+        return full(logits), full(seen[-1]) if seen else None, torch.stack(layers) if layers else None, tuple(map(full, stages))
 
     def _recomputed(self, function: Callable[..., T], net: nn.Module, images: Tensor, *more: Any) -> T:
         """``function(net, images, ...)``; its activations are computed anew in the backward pass if the runtime says so."""

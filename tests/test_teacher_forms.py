@@ -173,6 +173,66 @@ def test_recomputed_teachers_give_the_same_gradients_and_keep_no_activations(ima
     assert little < much / 20
 
 
+# -- the maps of the stages ----------------------------------------------------------------------------------------
+
+EVERY_FORM = {
+    "folded": Runtime(fold=True),
+    "bfloat16": Runtime(fold=True, precision="bfloat16"),
+    "recomputed": Runtime(recompute=True),
+    "all": Runtime(fold=True, precision="bfloat16", recompute=True),
+}
+
+
+@pytest.mark.parametrize("bn", [False, True], ids=["folded", "observed"])
+@pytest.mark.parametrize("resident", [0, 1])
+@pytest.mark.parametrize("runtime", EVERY_FORM.values(), ids=EVERY_FORM.keys())
+def test_maps_and_their_gradients_are_the_same_in_every_form(runtime: Runtime, resident: int, bn: bool, images: Tensor) -> None:
+    teachers = ensemble("small_cnn", "resnet8")
+    half = runtime.precision == "bfloat16"
+    plain, again = images.clone().requires_grad_(), images.clone().requires_grad_()
+
+    def total(maps: tuple[tuple[Tensor, ...], ...]) -> Tensor:
+        return torch.stack([here.square().mean() for stages in maps for here in stages]).sum()
+
+    expected = teachers.observe(plain, bn=bn, maps=True)
+    total(expected.maps).backward()
+    with teachers.prepared(runtime, resident):
+        found = teachers.observe(again, bn=bn, maps=True)
+        total(found.maps).backward()
+        assert (teachers.observe(images, bn=False, maps=True).maps[0][0] - expected.maps[0][0]).norm() < 0.02 * expected.maps[0][0].norm()
+    for mine, theirs in zip(found.maps, expected.maps, strict=True):
+        assert [here.shape for here in mine] == [here.shape for here in theirs]
+        assert {here.dtype for here in mine} == {torch.float32}
+        assert all((one - other).norm() < (0.03 if half else 1e-4) * other.norm() for one, other in zip(mine, theirs, strict=True))
+    assert cosine(again.grad, plain.grad) > (0.98 if half else 0.9999)
+    assert torch.allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-4) or half
+    assert all((mine is None) is not bn for mine in found.bn)
+
+
+@pytest.mark.parametrize("name", ["lenet_bn", "wrn16_1", "mobilenet_v2"])
+def test_a_folded_network_has_the_stages_of_the_original(name: str, images: Tensor) -> None:
+    teachers = ensemble(name)
+    expected = teachers.observe(images, bn=False, maps=True).maps[0]
+    with teachers.prepared(FOLDED):
+        form, staged = teachers._forms.staged(teachers.nets[0], observed=False)
+        assert staged is not None
+        assert form.net is teachers._forms.get(teachers.nets[0], observed=False).net is not teachers.nets[0]
+        for mine, theirs in zip(teachers.observe(images, bn=False, maps=True).maps[0], expected, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_a_folded_network_with_other_stages_gives_way_to_the_plain_one(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = ensemble("small_cnn")
+    expected = teachers.observe(images, bn=False, maps=True)
+    find = teacher_forms.with_stages
+    monkeypatch.setattr(teacher_forms, "with_stages", lambda net, image: find(net, image, 4 if net is teachers.nets[0] else 2))
+    with teachers.prepared(FOLDED):
+        assert teachers._forms.staged(teachers.nets[0], observed=False)[0].net is teachers.nets[0]
+        found = teachers.observe(images, bn=False, maps=True)
+    assert torch.allclose(found.features[0], expected.features[0], rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    assert [here.shape for here in found.maps[0]] == [here.shape for here in expected.maps[0]]
+
+
 def test_forms_are_dropped_at_the_end_and_kept_by_a_part_of_the_ensemble() -> None:
     teachers = ensemble("small_cnn", "lenet")
     before = teachers._forms

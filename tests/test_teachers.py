@@ -111,6 +111,39 @@ def test_observe_leaves_no_hooks_and_can_skip_the_statistics(images: torch.Tenso
     assert not any(module._forward_pre_hooks for module in teachers.modules())
 
 
+def test_observe_gives_the_stage_maps_on_request(images: torch.Tensor) -> None:
+    teachers = ensemble("small_cnn", "lenet", "resnet8")
+    plain, asked = teachers.observe(images), teachers.observe(images, maps=True)
+    assert plain.maps == ((), (), ())
+    assert torch.equal(asked.logits, plain.logits)
+    for mine, theirs in zip((*asked.features, asked.bn[0], asked.bn[2]), (*plain.features, plain.bn[0], plain.bn[2]), strict=True):
+        assert mine is not None
+        assert torch.equal(mine, theirs)  # type: ignore[arg-type]
+    assert [[tuple(here.shape[1:]) for here in maps] for maps in asked.maps] == [
+        [(32, 8, 8), (64, 4, 4), (128, 2, 2)], [(6, 8, 8), (16, 4, 4)], [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    ]  # fmt: skip
+    assert torch.equal(asked.maps[0][1], teachers.nets[0][:7](images)), "the output of the second convolution's ReLU"  # type: ignore[index]
+    assert not any(module._forward_pre_hooks for module in teachers.modules())
+
+
+def test_a_teacher_that_cannot_be_traced_has_no_maps_and_the_others_have(images: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ensemble("small_cnn").nets[0]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if x.mean() < 100 else self.inner(-x)
+
+    teachers = TeacherEnsemble([Branching(), *ensemble("small_cnn").nets], image=IMAGE)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            outputs = teachers.observe(images, maps=True)
+    assert [len(maps) for maps in outputs.maps] == [0, 3]
+    assert torch.equal(outputs.logits, teachers(images))
+    assert len([record for record in caplog.records if "Branching has no stage maps" in record.getMessage()]) == 1
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(ArchitectureError, match="0 teachers"):
         TeacherEnsemble([], image=IMAGE)

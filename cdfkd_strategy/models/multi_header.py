@@ -164,11 +164,21 @@ class MultiHeaderStudent(nn.Module):
 
     def trunk_features(self, x: Tensor) -> list[Tensor]:
         """What all headers share: normalised images ``[B, channels, H, W]`` to the ``S`` maps ``u_s``, narrowed."""
-        return [narrow(here) for narrow, here in zip(self.narrow, self.trunk(x), strict=True)]
+        return self._narrowed(self.trunk(x))
 
     def forward(self, x: Tensor) -> StudentOutputs:
         """Normalised images ``[B, channels, H, W]`` to logits ``[K, B, C]`` and features ``[K, B, D]``."""
-        maps = self.trunk_features(x)
+        return self._answers(self.trunk_features(x))
+
+    def observe(self, x: Tensor) -> tuple[StudentOutputs, tuple[Tensor, ...]]:
+        """What `forward` gives, and the trunk's maps ``u_s [B, channels_s, H_s, W_s]`` before they are narrowed, in float32, finest first."""
+        maps = self.trunk(x)
+        return self._answers(self._narrowed(maps)), tuple(full(here) for here in maps)
+
+    def _narrowed(self, maps: list[Tensor]) -> list[Tensor]:
+        return [narrow(here) for narrow, here in zip(self.narrow, maps, strict=True)]
+
+    def _answers(self, maps: list[Tensor]) -> StudentOutputs:
         logits, features = zip(*(header(maps) for header in self.headers), strict=True)
         return StudentOutputs(full(torch.stack(logits)), full(torch.stack(features)))
 
@@ -207,3 +217,17 @@ class MultiHeaderStudent(nn.Module):
         student._modules = {**self._modules, "headers": nn.ModuleList(self.headers[head] for head in heads)}
         student.spec = dataclasses.replace(self.spec, heads=len(heads))
         return student
+
+
+def with_maps(student: nn.Module) -> MultiHeaderStudent:
+    """The student, if it gives the maps of its trunk (`MultiHeaderStudent.observe`), with one header or many.
+
+    Raises:
+        ArchitectureError: it gives logits and features only.
+    """
+    if not isinstance(student, MultiHeaderStudent):
+        raise ArchitectureError(
+            f"the student {type(student).__name__} gives no stage maps to compare with the teachers'; accepted: {MultiHeaderStudent.__name__} "
+            "(with one header too), which can be built on the same network, or a weight of 0 for the terms that need maps"
+        )
+    return student

@@ -1,4 +1,4 @@
-"""Find a backbone's resolution stages by one probe pass, and cut the backbone to what computes them."""
+"""Find a backbone's resolution stages by one probe pass; cut the backbone to what computes them, or let it give them beside its output."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ class Trunk(nn.Module):
         return trunk
 
 
+class StagedClassifier(nn.Module):
+    """A classifier that gives the maps of its stages along with its output. It shares the classifier's modules: hooks on them still work.
+
+    Args:
+        net: images -> output and the stages' maps.
+        shapes: ``(channels, H, W)`` of every stage.
+    """
+
+    def __init__(self, net: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.shapes = shapes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Images ``[B, channels, H, W]`` to logits ``[B, C]`` and the ``S`` maps ``[B, channels_s, H_s, W_s]``, finest first."""
+        output, *maps = self.net(x)
+        return output, tuple(maps)
+
+
 class _Tracer(fx.Tracer):
     """Keeps stochastic depth as a module, so that the graph does not depend on the mode it was traced in."""
 
@@ -87,11 +106,9 @@ def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) ->
     Raises:
         ArchitectureError: the network cannot be traced, cannot take these images, or has no 4-D maps.
     """
-    training_graph, graph = _trace(classifier)
+    training_graph, graph = _trace(classifier, training=True), _trace(classifier, training=False)
     shapes = _probe(classifier, graph, image)
     nodes = _stage_nodes(classifier, graph, shapes)[-max_stages:]
-    if not nodes:
-        raise ArchitectureError(f"{type(classifier).__name__} has no feature maps before its classifier; accepted: convolutional backbones")
     names = [node.name for node in nodes]
     if str(_cut(graph, names)) != str(_cut(training_graph, names)):
         raise ArchitectureError(
@@ -104,11 +121,32 @@ def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) ->
     return Trunk(net, tuple(shapes[node][1] for node in nodes), sizes)
 
 
-def _trace(classifier: nn.Module) -> tuple[fx.Graph, fx.Graph]:
-    """The graphs in train and in eval mode; every module gets its own mode back."""
+def with_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) -> StagedClassifier:
+    """A classifier in eval mode with the maps of its stages, the same as those of `find_stages`, in one forward pass.
+
+    Args:
+        classifier: a network that `torch.fx` can trace; it is not changed, and its modules are shared.
+        image: what it takes.
+        max_stages: the deepest ones are kept.
+
+    Raises:
+        ArchitectureError: as `find_stages`.
+    """
+    graph = _trace(classifier, training=False)
+    shapes = _probe(classifier, graph, image)
+    nodes = _stage_nodes(classifier, graph, shapes)[-max_stages:]
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    end.args = ((end.args[0], *nodes),)
+    net = fx.GraphModule(classifier, graph, class_name=f"Staged{type(classifier).__name__}")
+    copy_modes(classifier, net)
+    return StagedClassifier(net, tuple(shapes[node][1:] for node in nodes))
+
+
+def _trace(classifier: nn.Module, *, training: bool) -> fx.Graph:
+    """The graph in train or in eval mode; every module gets its own mode back."""
     try:
         with modes_kept(classifier):
-            return _Tracer().trace(classifier.train()), _Tracer().trace(classifier.eval())
+            return _Tracer().trace(classifier.train(training))
     except Exception as error:  # tracing runs foreign code: whatever it raises, the answer is the same
         raise ArchitectureError(
             f"cannot find the stages of {type(classifier).__name__}: torch.fx cannot trace it ({type(error).__name__}: {error}); "
@@ -154,6 +192,8 @@ def _stage_nodes(classifier: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, t
         largest = size[0] * size[1]
         if size not in chosen or (node in cuts and chosen[size] not in cuts):
             chosen[size] = node
+    if not chosen:
+        raise ArchitectureError(f"{type(classifier).__name__} has no feature maps before its classifier; accepted: convolutional backbones")
     ordered = sorted(chosen.values(), key=candidates.index)
     return [_before_pre_activation(node, modules) for node in ordered]
 

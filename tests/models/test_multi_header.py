@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, UnknownNameError
 from cdfkd_strategy.models.classifiers import build_classifier
-from cdfkd_strategy.models.multi_header import MultiHeaderStudent, StudentSpec
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent, StudentSpec, with_maps
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.types import ImageSpec
 
@@ -244,3 +244,30 @@ def test_what_is_not_accepted_says_so():
         MultiHeaderStudent("small_cnn", 1, TINY).with_heads(0)
     with pytest.raises(UnknownNameError, match="unknown architecture 'cnn'"):
         MultiHeaderStudent("cnn", 1, TINY)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("max_width", ["auto", 20])
+def test_observing_gives_the_same_bits_and_the_trunks_maps(heads, max_width):
+    """In train mode, where the batch counts, with narrowed stages and without: one pass, and the maps are those before the narrowing."""
+    with seeded_scope("observed"):
+        student, other = (MultiHeaderStudent("resnet8", heads, TINY, max_width=max_width).train() for _ in range(2))
+    other.load_state_dict(student.state_dict())
+    x = torch.randn(4, 1, 8, 8)
+    outputs, (observed, maps) = other(x), student.observe(x)
+    assert torch.equal(observed.logits, outputs.logits)
+    assert torch.equal(observed.features, outputs.features)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(student.state_dict().values(), other.state_dict().values(), strict=True))
+    assert [tuple(here.shape) for here in maps] == [(4, 16, 8, 8), (4, 32, 4, 4), (4, 64, 2, 2)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(maps, other.trunk(x), strict=True))
+    maps[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in student.trunk.net.get_submodule("stem").parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {here.dtype for here in student.observe(x)[1]} == {torch.float32}
+
+
+def test_a_student_without_maps_is_a_clear_error():
+    student = MultiHeaderStudent("small_cnn", 1, TINY)
+    assert with_maps(student) is student
+    with pytest.raises(ArchitectureError, match=r"the student Linear gives no stage maps.*accepted: MultiHeaderStudent"):
+        with_maps(nn.Linear(3, 2))

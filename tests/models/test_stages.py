@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.models.classifiers import build_classifier
-from cdfkd_strategy.models.stages import find_stages
+from cdfkd_strategy.models.stages import find_stages, with_stages
 from cdfkd_strategy.types import ImageSpec
 
 COLOUR = ImageSpec(3, 32, 32, 10)
@@ -186,3 +186,29 @@ def test_backbones_that_do_not_fit_are_clear_errors(model, message):
     with pytest.raises(ArchitectureError, match=message):
         find_stages(model, COLOUR)
     assert all(part.training for part in model.modules()), "an error left the model in another mode"
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "lenet_bn", "resnet8", "wrn16_1", "mobilenet_v2", "efficientnet_b0"])
+def test_a_staged_classifier_gives_its_output_and_the_trunks_maps_bit_for_bit(name):
+    model = build_classifier(name, COLOUR).eval()
+    x = torch.randn(2, 3, 32, 32)
+    trunk, staged = find_stages(model, COLOUR), with_stages(model, COLOUR)
+    output, maps = staged(x)
+    assert torch.equal(output, model(x))
+    assert len(maps) == len(trunk.channels)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(maps, trunk(x), strict=True))
+    assert staged.shapes == tuple((width, *size) for width, size in zip(trunk.channels, trunk.sizes, strict=True))
+    assert not model.training
+
+
+def test_a_staged_classifier_shares_its_modules_and_lets_gradients_through():
+    model = build_classifier("resnet8", COLOUR).eval()
+    staged = with_stages(model, COLOUR)
+    assert staged.net.get_submodule("stages.0.conv1") is model.stages[0].conv1
+    seen = []
+    model.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    _, maps = staged(x)
+    assert torch.allclose(maps[-1].mean((2, 3)), seen[0], atol=1e-6)
+    (gradient,) = torch.autograd.grad(maps[0].square().sum(), x)
+    assert gradient.abs().sum() > 0
