@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -219,13 +219,22 @@ class MultiHeaderStudent(nn.Module):
         return student
 
 
-def with_maps(student: nn.Module) -> MultiHeaderStudent:
-    """The student, if it gives the maps of its trunk (`MultiHeaderStudent.observe`), with one header or many.
+@runtime_checkable
+class GivesMaps(Protocol):
+    """A student whose ``observe`` gives its outputs and the maps of its stages: `MultiHeaderStudent`, `PlainStudent`, or anybody's."""
+
+    def observe(self, x: Tensor) -> tuple[StudentOutputs, tuple[Tensor, ...]]:
+        """What ``forward`` gives, and the maps ``[B, channels_s, H_s, W_s]``, finest first."""
+        ...
+
+
+def with_maps(student: nn.Module) -> GivesMaps:
+    """The student, if it gives the maps of its stages, with one header or many.
 
     Raises:
         ArchitectureError: it gives logits and features only.
     """
-    if not isinstance(student, MultiHeaderStudent):
+    if not isinstance(student, GivesMaps):
         raise ArchitectureError(
             f"the student {type(student).__name__} gives no stage maps to compare with the teachers'; accepted: {MultiHeaderStudent.__name__} "
             "(with one header too), which can be built on the same network, or a weight of 0 for the terms that need maps"

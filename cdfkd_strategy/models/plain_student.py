@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.classifiers import build_classifier, final_linear
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent, StudentSpec
-from cdfkd_strategy.models.stages import Trunk, find_stages
+from cdfkd_strategy.models.stages import StagedClassifier, with_stages
 from cdfkd_strategy.precision import full
 from cdfkd_strategy.types import ImageSpec, StudentOutputs
 
@@ -42,7 +43,7 @@ class PlainStudent(nn.Module):
         self.net = build_classifier(backbone, image)
         if final_linear(self.net, image.num_classes) is None:
             raise ArchitectureError(f"{backbone!r} does not end in a linear layer that gives {image.num_classes} classes; choose another backbone")
-        self._stages: tuple[Trunk, ...] = ()  # found when asked for; in a tuple, because the modules are those of `net`
+        self._staged: tuple[StagedClassifier, ...] = ()  # found when asked for; in a tuple, because its modules are those of `net`
 
     @property
     def linear(self) -> nn.Linear:
@@ -58,19 +59,31 @@ class PlainStudent(nn.Module):
 
     def forward(self, x: Tensor) -> StudentOutputs:
         """Normalised images ``[B, channels, H, W]`` to logits ``[1, B, C]`` and features ``[1, B, D]``."""
+        with self._features() as seen:
+            logits = self.net(x)
+        return StudentOutputs(full(logits)[None], full(seen[-1])[None])
+
+    def observe(self, x: Tensor) -> tuple[StudentOutputs, tuple[Tensor, ...]]:
+        """What `forward` gives, and the maps of the network's stages ``[B, channels_s, H_s, W_s]`` in float32, finest first.
+
+        Raises:
+            ArchitectureError: the network has no stages.
+        """
+        if not self._staged:
+            self._staged = (with_stages(self.net, self.image),)
+        with self._features() as seen:
+            logits, maps = self._staged[0](x)
+        return StudentOutputs(full(logits)[None], full(seen[-1])[None]), tuple(full(here) for here in maps)
+
+    @contextmanager
+    def _features(self) -> Iterator[list[Tensor]]:
+        """What enters the last linear layer while the block runs."""
         seen: list[Tensor] = []
         hook = self.linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            logits = self.net(x)
+            yield seen
         finally:
             hook.remove()
-        return StudentOutputs(full(logits)[None], full(seen[-1])[None])
-
-    def trunk_features(self, x: Tensor) -> list[Tensor]:
-        """The ``S`` maps ``u_s`` of the network's stages, computed on their own."""
-        if not self._stages:
-            self._stages = (find_stages(self.net, self.image),)
-        return self._stages[0](x)
 
     def only(self, heads: Sequence[int]) -> PlainStudent:
         """The student itself: it has one header.

@@ -10,8 +10,9 @@ import torch
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.classifiers import build_classifier
-from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent, with_maps
 from cdfkd_strategy.models.plain_student import PlainStudent, build_student
+from cdfkd_strategy.models.stages import find_stages
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.student_io import load_student, save_student
 from cdfkd_strategy.types import ImageSpec
@@ -37,33 +38,33 @@ def test_it_is_the_classifier_of_its_name(student: PlainStudent) -> None:
     assert torch.allclose(student.linear(features[0]), logits[0])
 
 
-def test_its_stages_share_weights_statistics_and_mode(student: PlainStudent) -> None:
-    names = set(student.state_dict())
+def test_observing_gives_the_same_bits_and_the_maps_of_the_stages(student: PlainStudent) -> None:
+    other = copy.deepcopy(student)
     images = torch.randn(4, *IMAGE.shape)
-    maps = student.train().trunk_features(images)
-    assert [tuple(map_.shape[1:]) for map_ in maps] == [(3, 28, 28), (8, 10, 10)]
-    assert set(student.state_dict()) == names, "no parameter has a second name"
-    assert len(list(student.parameters())) == len({id(parameter) for parameter in student.parameters()})
-    norm = student.net.features[1]  # type: ignore[index]
-    before = norm.running_mean.clone()
-    student.trunk_features(images)
-    assert not torch.equal(norm.running_mean, before), "train mode reaches the stages"
-    student.eval()
-    again = norm.running_mean.clone()
-    student.trunk_features(images)
-    assert torch.equal(norm.running_mean, again)
-    sum(map_.sum() for map_ in student.trunk_features(images)).backward()  # type: ignore[union-attr]
+    for training in (True, False):
+        outputs, (observed, maps) = other.train(training)(images), student.train(training).observe(images)
+        assert torch.equal(observed.logits, outputs.logits)
+        assert torch.equal(observed.features, outputs.features)
+        assert [tuple(here.shape[1:]) for here in maps] == [(3, 28, 28), (8, 10, 10)]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(student.state_dict().values(), other.state_dict().values(), strict=True))
+        trunk = find_stages(copy.deepcopy(student.net), IMAGE).train(training)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(maps, trunk(images), strict=True))
+    assert set(student.state_dict()) == set(other.state_dict()), "no parameter has a second name"
+    assert len(list(student.parameters())) == len(list(other.parameters()))
+    maps[0].sum().backward()
     assert next(student.parameters()).grad is not None
+    assert with_maps(student) is student
 
 
 def test_a_copy_has_stages_of_its_own(student: PlainStudent) -> None:
-    student.trunk_features(torch.randn(2, *IMAGE.shape))
+    images = torch.ones(2, *IMAGE.shape)
+    student.eval().observe(images)
     other = copy.deepcopy(student)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    assert float(other.eval().trunk_features(torch.ones(2, *IMAGE.shape))[0].detach().abs().max()) == 0
-    assert float(student.eval().trunk_features(torch.ones(2, *IMAGE.shape))[0].detach().abs().max()) > 0
+    assert float(other.observe(images)[1][0].detach().abs().max()) == 0
+    assert float(student.observe(images)[1][0].detach().abs().max()) > 0
 
 
 def test_on_disk_and_back(student: PlainStudent, tmp_path: Path) -> None:
