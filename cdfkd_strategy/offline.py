@@ -163,8 +163,9 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distill
     settings = config.student
     with runtime.scope():
         ensemble.weights.copy_(teacher_weights(config, teachers, ensemble))  # as they are: normalising twice would move the last bit
-        kind, width = settings.heads, settings.max_width
-        student = chosen_student(kind, settings.backbone, ensemble, max_width=width, init=settings.init, seed=config.seed)
+        student = chosen_student(
+            settings.heads, settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, stages=settings.stages, seed=config.seed
+        )
     weights = header_weights(student, ensemble)
     started = time.perf_counter()
     result = distill(

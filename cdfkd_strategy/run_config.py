@@ -14,6 +14,7 @@ from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.warm_start import Heads, Init
 
 PATIENCE = ("node_wait", "timeout", "min_teachers", "min_available_nodes")
@@ -76,12 +77,14 @@ class StudentConfig:
         init: of the trunk: the "average" of the teachers of the student's own architecture, or "random" as in the paper.
         heads: one header "per_teacher", "one" for all, or "plain": the backbone with its own classifier in place of headers, from random
             weights, as papers with one teacher have it. With Flower always "per_teacher".
+        stages: how many of the deepest stages enter the headers, at most. With Flower always the default.
     """
 
     backbone: str = "small_cnn"
     max_width: int | Literal["auto"] | None = "auto"
     init: Init = "average"
     heads: Heads = "per_teacher"
+    stages: int = MAX_STAGES
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.models.classifiers import ARCHITECTURES
 from cdfkd_strategy.run_config import RunConfig, bench_root, find_config, from_values, merge, read_config
 
-ROW_KEYS = ("student", "cells")
-"""Keys of a row that are not the method's: its student, and the cells it is run in."""
+ROW_KEYS = ("student", "server", "cells")
+"""Keys of a row that are not the method's: its student, how its server weighs the teachers, and the cells it is run in."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BenchConfig:
         study: whose table it is.
         config: a run configuration (keys as there; ``base`` names another one) for all runs; its ``method``, ``study``, ``cell`` and ``seed`` are set here.
         methods: rows of the table by name: ``name`` of the method and its settings, and perhaps ``student`` (keys of the student's
-            configuration that are other ones for this row) and ``cells`` (a list; without it the row is run in all cells).
+            configuration that are other ones for this row), ``server`` (the same) and ``cells`` (a list; without it the row is run in all cells).
         seeds: of the runs; each has its own teachers.
         cells: settings by name: what differs from ``config``; the teachers of a cell are the same for all rows.
         only: run and show these rows only; empty is all.
@@ -103,7 +103,7 @@ class BenchConfig:
 
     def _bind_run(self, cell: str, row: str, values: Mapping[str, Any], seed: int) -> RunConfig:
         method = {key: value for key, value in values.items() if key not in ROW_KEYS}
-        mine = {"study": self.study, "cell": cell, "seed": seed, "student": values.get("student") or {}}
+        mine = {"study": self.study, "cell": cell, "seed": seed, **{part: values[part] for part in ("student", "server") if values.get(part)}}
         try:
             common = {key: value for key, value in merge(self.config, self.cells[cell] or {}).items() if key != "method"}
             config = from_values({**merge(common, mine), "method": method})

@@ -21,6 +21,7 @@ from cdfkd_strategy.flower import client, payload
 from cdfkd_strategy.flower.run_state import STATE_FILE
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.harness import Harness
+from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.provenance import peak_memory_mb
 from cdfkd_strategy.run_config import PATIENCE, RunConfig, resolve
 from cdfkd_strategy.summary import SummaryWriter
@@ -101,7 +102,12 @@ def check_federated(config: RunConfig) -> None:
     Raises:
         ConfigError: the configuration has one of them.
     """
-    for name, value, accepted in (("student.heads", config.student.heads, "per_teacher"), ("clients.init", config.clients.init, "common")):
+    settings: tuple[tuple[str, object, object], ...] = (
+        ("student.heads", config.student.heads, "per_teacher"),
+        ("student.stages", config.student.stages, MAX_STAGES),
+        ("clients.init", config.clients.init, "common"),
+    )
+    for name, value, accepted in settings:
         if value != accepted:
             raise ConfigError(f"{name} is {value!r}; accepted with Flower: {accepted!r} (`cdfkd teachers`, `cdfkd distill` and `cdfkd bench` take the others)")
 
