@@ -1,4 +1,4 @@
-# make demo | demo-mixed | test | lint | types | wheel | study NAME=fashion_mnist/dir0.5 SEEDS="0 1 2" | report | clean
+# make demo | demo-mixed | test | lint | types | wheel | study NAME=fashion_mnist/dir0.5 SEEDS="0 1 2" | bench NAME=mnist_methods | report | clean
 # Everything runs in .venv, made on first use. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-mixed test lint types format wheel study report speed clean
+.PHONY: help install demo demo-mixed test lint types format wheel study bench report speed clean
 
 help:
 	@head -n 2 Makefile | sed 's/^# //'
@@ -69,6 +69,12 @@ study: $(STAMP)
 	  $(BIN)/cdfkd run $$cell seed=$$seed --out $$run $$resume; \
 	  $(BIN)/cdfkd report $$run --keep simulations/results >/dev/null; \
 	done; done
+
+# Methods on the same teachers. What is done is kept, the rest is run; the results go to simulations/results/NAME.
+bench: $(STAMP)
+	@test -n "$(NAME)" || { echo "which one? make bench NAME=mnist_methods (a file under simulations/configs/bench)" >&2; exit 1; }
+	@run=runs/bench/$(NAME); resume=; test ! -d $$run || resume=--resume; \
+	$(BIN)/cdfkd bench $(NAME) --out $$run $$resume --keep simulations/results
 
 # The tables in README.md and simulations/README.md, from the committed results.
 report: $(STAMP)

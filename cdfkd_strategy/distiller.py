@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import Extras, ImageSpec, Metrics, Needs
+
+StudentKind = Literal["single", "multi"]
 
 
 class Distiller(ABC):
@@ -41,6 +43,11 @@ class Distiller(ABC):
     """
 
     name: ClassVar[str]
+    students: ClassVar[tuple[StudentKind, ...]] = ()
+    """Which students it takes: "multi", with one header per teacher, "single", with one header for all; it refuses a kind that is not named.
+    Empty is not stated."""
+    status: ClassVar[str] = ""
+    """In a few words: where its formulas come from, and what they were checked against. Empty is what the docstring says of *reconstruction*."""
     Config: ClassVar[type]
     needs: ClassVar[Needs] = Needs()
 

@@ -27,6 +27,7 @@ from cdfkd_strategy.history import losses_csv
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.progress import Progress
 from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.step_counter import StepCounter
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
 from cdfkd_strategy.types import Extras, ImageSpec
 
@@ -44,8 +45,8 @@ SAMPLED_AT_ONCE = 256
 class DistillResult(NamedTuple):
     """What a distillation gives.
 
-    ``history`` has one mapping per epoch: ``epoch``, ``seconds``, the method's terms, ``watch/...`` and what
-    ``evaluate`` returned. Its length is the number of epochs, so it is bounded by the schedule. ``sample`` is the method's
+    ``history`` has one mapping per epoch: ``epoch``, ``seconds``, the method's terms, ``steps/...`` (optimiser steps), ``watch/...``
+    and what ``evaluate`` returned. Its length is the number of epochs, so it is bounded by the schedule. ``sample`` is the method's
     own `Distiller.sample`, and keeps the method alive as long as the result is kept.
     """
 
@@ -203,14 +204,15 @@ def saved_runtime(directory: Path) -> Runtime | None:
 def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Literal["schedule", "max_seconds"]:
     """The epoch loop, from the first epoch that is not in the history."""
     distiller, total = run.distiller, run.distiller.num_epochs
-    watch = CollapseWatch(distiller, engine.watch_images, run.seed)
+    watch, steps = CollapseWatch(distiller, engine.watch_images, run.seed), StepCounter(distiller.student)
     with Progress(distiller.name, total, len(run.history), enabled=engine.progress) as progress:
         while (epoch := len(run.history)) < total:
             if run.history and engine.is_over(run.seconds):  # a run that was stopped before stays stopped
                 return "max_seconds"
             started = time.perf_counter()
-            with seeding.seeded_scope("epoch", run.seed, epoch):
+            with seeding.seeded_scope("epoch", run.seed, epoch), steps.counting() as made:
                 terms = dict(distiller.run_epoch(epoch))
+            terms.update(made)
             _check_finite(terms, epoch, distiller.name)
             seconds = time.perf_counter() - started
             terms.update(watch.look(epoch))

@@ -26,10 +26,14 @@ from cdfkd_strategy.teachers import TeacherEnsemble
 
 
 class Examination(NamedTuple):
-    """``accuracy``: the keys of the summary's contract; ``confusion``: counts ``[C true, C predicted]`` of the merged student, or None."""
+    """``accuracy``: the keys of the summary's contract; ``confusion``: counts ``[C true, C predicted]`` of the merged student, or None.
+
+    ``agreement``: the fraction of test images to which merged student and ensemble (with its weights) give the same class, or None.
+    """
 
     accuracy: dict[str, Any]
     confusion: Tensor | None
+    agreement: float | None = None
 
 
 class Harness:
@@ -120,7 +124,8 @@ class Harness:
             found["student_attention"] = accuracy(attention(heads.to(_device(attention))), labels)
         if single is not None:
             found["student_single"] = accuracy(self._student_logits(single, pixels)[0], labels)
-        return Examination(found, confusion_matrix(merged.argmax(-1), labels, self.data.image.num_classes))
+        agreement = accuracy(merged, fuse(logits, live.weights.cpu()).argmax(-1))
+        return Examination(found, confusion_matrix(merged.argmax(-1), labels, self.data.image.num_classes), agreement)
 
     def watch(self, weights: Tensor) -> WatchStudent:
         """A callable for the engine's ``evaluate``: the student's accuracies while it is distilled, for curves only."""

@@ -19,11 +19,12 @@ from cdfkd_strategy.data.client_share import all_training_rows, train_label_coun
 from cdfkd_strategy.data.datasets import ImageData, load_data
 from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.data.transfer_set import load_transfer_set
-from cdfkd_strategy.engine import distill, saved_runtime
+from cdfkd_strategy.engine import DistillResult, distill, saved_runtime
 from cdfkd_strategy.errors import CDFKDError, ConfigError
-from cdfkd_strategy.harness import Harness, count_weights
+from cdfkd_strategy.harness import Examination, Harness, count_weights
 from cdfkd_strategy.local_training import train_all
 from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.models.plain_student import Student
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
@@ -31,7 +32,7 @@ from cdfkd_strategy.summary import SummaryWriter
 from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
 from cdfkd_strategy.types import Extras, ImageSpec
-from cdfkd_strategy.warm_start import first_student
+from cdfkd_strategy.warm_start import chosen_student
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,15 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
     if made_with:
         raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
     teachers = load_teachers(directory)
-    config = of_the_teachers_data(from_values(teachers.config, overrides), teachers)
+    config = from_values(teachers.config, overrides)
     if config.engine.resident_teachers:
         teachers = load_teachers(directory, mapped=True)
+    return plan_for(config, teachers)
+
+
+def plan_for(config: RunConfig, teachers: TeacherSet) -> Plan:
+    """What to do with teachers under a configuration that is resolved already; see `plan`."""
+    config = of_the_teachers_data(config, teachers)
     check_disclosed(config, teachers)
     data = _test_data(config, teachers) if teachers.config else None
     get_method(config.method_config()[0]).check_extras(extras_of(teachers, config, data))
@@ -166,7 +173,15 @@ def write_teachers(config: RunConfig, out: Path) -> ImageData:
     return data
 
 
-def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
+class Distilled(NamedTuple):
+    """What a finished distillation leaves in memory: the engine's result, the ensemble with its class weights, and the measurements."""
+
+    result: DistillResult
+    teachers: TeacherEnsemble
+    examination: Examination
+
+
+def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distilled:
     """Distil the teachers of a plan, evaluate, and write a run directory: summary, losses, student, generator, checkpoint.
 
     Class weights and the first student are computed with the runtime of the distillation, so that a run that is continued
@@ -187,7 +202,10 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     settings = config.student
     with runtime.scope():
         ensemble.weights.copy_(teacher_weights(config, teachers, ensemble))  # as they are: normalising twice would move the last bit
-        student = first_student(settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, seed=config.seed)
+        student = chosen_student(
+            settings.heads, settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, stages=settings.stages, seed=config.seed
+        )
+    weights = header_weights(student, ensemble)
     started = time.perf_counter()
     result = distill(
         ensemble,
@@ -197,19 +215,25 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
         image=teachers.image,
         seed=config.seed,
         out=out,
-        evaluate=None if work.data is None else harness.watch(ensemble.weights),
+        evaluate=None if work.data is None else harness.watch(weights),
         engine=config.engine,
         resume=resume,
         runtime=runtime,
         extras=extras_of(teachers, config, work.data),
     )
     distilled = time.perf_counter()
-    save_student(out, student, ensemble.weights)
-    accuracy = harness.evaluate(ensemble, student)
+    save_student(out, student, weights)
+    examination = harness.examine(ensemble, student, weights=weights)
     before = sum(row["seconds"] for row in result.history)  # epochs before a restart included
     seconds = {"distill": max(distilled - started, before), "evaluate": time.perf_counter() - distilled}
-    summary.round(1, accuracy, seconds=seconds, peak_memory_mb=peak_memory_mb(result.runtime.device), runtime=result.runtime.to_dict())
+    summary.round(1, examination.accuracy, seconds=seconds, peak_memory_mb=peak_memory_mb(result.runtime.device), runtime=result.runtime.to_dict())
     summary.finish(result.stopped_by)
+    return Distilled(result, ensemble, examination)
+
+
+def header_weights(student: Student, teachers: TeacherEnsemble) -> torch.Tensor:
+    """Class weights of the student's headers: those of the teachers, or ones ``[1, C]`` for a single header."""
+    return teachers.weights if student.heads == len(teachers) else torch.ones_like(teachers.weights[:1])
 
 
 def teacher_weights(config: RunConfig, teachers: TeacherSet, ensemble: TeacherEnsemble) -> torch.Tensor:

@@ -127,7 +127,7 @@ def _accuracy(run_dir: Path, history: list[dict[str, float]]) -> Path | None:
 
 def _losses(run_dir: Path, history: list[dict[str, float]]) -> Path:
     """The method's terms in one panel per prefix ("student/", "generator/", "watch/")."""
-    names = [key for key in dict.fromkeys(key for row in history for key in row) if key not in ("epoch", "seconds") and not key.startswith("test/")]
+    names = [key for key in dict.fromkeys(key for row in history for key in row) if key not in ("epoch", "seconds") and not key.startswith(("test/", "steps/"))]
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.rpartition("/")[0], []).append(name)

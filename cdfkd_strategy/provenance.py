@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def hardware() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "os": f"{platform.system()} {platform.machine()}",
     }
+
+
+def machine_words(machine: Mapping[str, Any], runtime: Mapping[str, Any] | None) -> str:
+    """What of the ``hardware`` of a result a table names: the GPU if it was computed there, else the processor, and the cores."""
+    device = machine.get("gpu") if str((runtime or {}).get("device", "")).startswith("cuda") else None
+    return f"{device or machine.get('cpu')}, {machine.get('cores')} cores"
+
+
+def short_commit(commit: str | None) -> str:
+    """A commit as a table names it."""
+    if commit is None:
+        return "unknown"
+    head, dirty, _ = commit.partition("-dirty")
+    return head[:10] + dirty
 
 
 def usable_cores() -> int:

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cdfkd_strategy.bench.table import entries, markdown_table
 from cdfkd_strategy.checkpoint import write_json, write_text
 from cdfkd_strategy.errors import CDFKDError
-from cdfkd_strategy.summary import FILE_NAME, discloses_counts, origins, read_summary
+from cdfkd_strategy.metrics.spread import spread
+from cdfkd_strategy.provenance import machine_words, short_commit
+from cdfkd_strategy.summary import BENCH, FILE_NAME, discloses_counts, origins, read_summary
 
 Summary = Mapping[str, Any]
 
@@ -34,21 +37,26 @@ COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
 
 
 def find_results(directory: Path) -> list[dict[str, Any]]:
-    """The summaries of all finished runs in and below a folder, in the order study, cell, seed."""
+    """The summaries of all finished runs in and below a folder, and of those that failed in a bench, in the order study, cell, row, seed."""
     summaries = [read_summary(path.parent) for path in sorted(directory.rglob(FILE_NAME))]
-    return sorted((item for item in summaries if item["finished"] and item["rounds"]), key=lambda item: (item["study"], item["cell"], item["seed"]))
+    results = [item for item in summaries if (item["finished"] and item["rounds"]) or item.get(BENCH, {}).get("error")]
+    return sorted(results, key=lambda item: (item["study"], item["cell"], item.get(BENCH, {}).get("row", ""), item["seed"]))
 
 
 def collect(run_dir: Path, results: Path) -> Path:
     """Copy the summary of a finished run to ``results/<study>/<cell>-seed<n>/summary.json``, where committed results live.
 
+    A run of a bench, failed ones too, goes to ``results/<study>/<cell>/<row>-seed<n>``.
+
     Raises:
         CDFKDError: the run is missing or not finished.
     """
     summary = read_summary(run_dir)
-    if not summary["finished"]:
+    record = summary.get(BENCH, {})
+    if not summary["finished"] and not record.get("error"):
         raise CDFKDError(f"the run in {run_dir} is not finished; continue it with --resume before its result is kept")
-    target = results / summary["study"] / f"{summary['cell']}-seed{summary['seed']}"
+    name = f"{summary['cell']}/{record['row']}" if record else summary["cell"]
+    target = results / summary["study"] / f"{name}-seed{summary['seed']}"
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / FILE_NAME, summary)
     return target / FILE_NAME
@@ -61,20 +69,22 @@ def markdown_report(summaries: Sequence[Summary]) -> str:
 
 
 def study_table(summaries: Sequence[Summary], study: str) -> str:
-    """A study as Markdown: a row per cell, the mean and standard deviation over seeds of the last round, and where it was measured.
+    """A study as Markdown, of a bench in its own form: a row per cell, the mean and standard deviation over seeds of the last round, and where it was measured.
 
     Cells of several rounds have a row in a second table: the merged student after every round.
     """
     mine = [item for item in summaries if item["study"] == study]
     if not mine:
         return "No results of this study are committed yet.\n"
+    if any(BENCH in item for item in mine):
+        return markdown_table(entries(mine))
     cells = {cell: [item for item in mine if item["cell"] == cell] for cell in dict.fromkeys(item["cell"] for item in mine)}
     head = ["cell", "seeds", "rounds", *(title for title, _ in COLUMNS), "distillation"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     lines += [f"| {' | '.join(_row(cell, runs))} |" for cell, runs in cells.items()]
     starts = [(item, origin) for item in mine for origin in origins(item)]
-    hardware = dict.fromkeys(_hardware(item, origin["hardware"]) for item, origin in starts)
-    commits = dict.fromkeys(_short(origin["commit"]) for _, origin in starts)
+    hardware = dict.fromkeys(machine_words(origin["hardware"], item["runtime"]) for item, origin in starts)
+    commits = dict.fromkeys(short_commit(origin["commit"]) for _, origin in starts)
     note = (
         "Accuracy on the global test set in %, last round and last epoch, mean ± standard deviation over seeds; distillation in seconds per run. "
         f"Measured on {'; '.join(hardware)}. Commit {', '.join(commits)}."
@@ -106,28 +116,6 @@ def _row(cell: str, runs: Sequence[Summary]) -> list[str]:
     seconds = [sum(record["seconds"]["distill"] or 0.0 for record in run["rounds"]) for run in runs]
     rounds = "/".join(dict.fromkeys(str(run["rounds"][-1]["round"]) for run in runs))
     return [cell, str(len(runs)), rounds, *values, f"{statistics.fmean(seconds):.0f} s"]
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Fractions as "mean ± standard deviation" in %; "-" if one of them does not exist."""
-    known = [100 * value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "-"
-    if len(known) == 1:
-        return f"{known[0]:.1f}"
-    return f"{statistics.fmean(known):.1f} ± {statistics.stdev(known):.1f}"
-
-
-def _hardware(summary: Summary, machine: Mapping[str, Any]) -> str:
-    device = machine.get("gpu") if str((summary["runtime"] or {}).get("device", "")).startswith("cuda") else None
-    return f"{device or machine.get('cpu')}, {machine.get('cores')} cores"
-
-
-def _short(commit: str | None) -> str:
-    if commit is None:
-        return "unknown"
-    head, dirty, _ = commit.partition("-dirty")
-    return head[:10] + dirty
 
 
 def with_tables(text: str, summaries: Sequence[Summary]) -> str:

@@ -14,7 +14,8 @@ from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.local_training import ClientsConfig
 from cdfkd_strategy.methods import METHODS, get_method
-from cdfkd_strategy.warm_start import Init
+from cdfkd_strategy.models.stages import MAX_STAGES
+from cdfkd_strategy.warm_start import Heads, Init
 
 PATIENCE = ("node_wait", "timeout", "min_teachers", "min_available_nodes")
 """Keys of ``server`` that may differ when a run is continued: what an interrupted run is told to change."""
@@ -70,17 +71,22 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The multi-header student.
+    """The student.
 
     Args:
         backbone: an architecture name.
         max_width: channels to which wide stages are narrowed; None never; "auto" is None for the paper's layouts.
         init: of the trunk: the "average" of the teachers of the student's own architecture, or "random" as in the paper.
+        heads: one header "per_teacher", "one" for all, or "plain": the backbone with its own classifier in place of headers, from random
+            weights, as papers with one teacher have it. With Flower always "per_teacher".
+        stages: how many of the deepest stages enter the headers, at most. With Flower always the default.
     """
 
     backbone: str = "small_cnn"
     max_width: int | Literal["auto"] | None = "auto"
     init: Init = "average"
+    heads: Heads = "per_teacher"
+    stages: int = MAX_STAGES
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,20 @@ def config_roots() -> list[Path]:
     return [tree] if tree.is_dir() else [package / "configs"]
 
 
+def bench_root() -> Path:
+    """The folder of the benches, which are no run configurations."""
+    return config_roots()[0] / "bench"
+
+
 def config_names() -> list[str]:
-    """Names of all configurations, such as ``digits`` or ``fashion_mnist/dir0.5``."""
-    return sorted(str(path.relative_to(root))[: -len(".yaml")] for root in config_roots() for path in root.rglob("*.yaml"))
+    """Names of all run configurations, such as ``digits`` or ``fashion_mnist/dir0.5``."""
+    found = [(root, path) for root in config_roots() for path in root.rglob("*.yaml")]
+    return sorted(str(path.relative_to(root))[: -len(".yaml")] for root, path in found if path.parent != root / "bench")
+
+
+def bench_names() -> list[str]:
+    """Names of all benches, such as ``mnist_methods``."""
+    return sorted(path.stem for path in bench_root().glob("*.yaml"))
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:
@@ -168,14 +185,14 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     return find_config(found[0])
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """``over`` into ``base``, recursively. Another method name starts afresh: its keys are not the old one's."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A configuration ``over`` into ``base``, recursively. Another method name starts afresh: its keys are not the old one's."""
     if where == "method" and over.get("name", base.get("name")) != base.get("name"):
         return dict(over)
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value, key) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = merge(old, value, key) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -192,7 +209,7 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    return _merge(read_config(find_config(str(base), path.parent), (*inside, path)), values)
+    return merge(read_config(find_config(str(base), path.parent), (*inside, path)), values)
 
 
 def from_values(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -200,7 +217,7 @@ def from_values(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Run
 
     ``method.name=other`` drops the mapping's keys of the former method.
     """
-    return bind(RunConfig, _merge(values, override({}, overrides)))
+    return bind(RunConfig, merge(values, override({}, overrides)))
 
 
 def resolve(name: str, overrides: Iterable[str] = ()) -> RunConfig:

@@ -14,14 +14,15 @@ from cdfkd_strategy.checkpoint import load_metadata, load_tensors, save_tensors,
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.models.head_fusion import FusedStudent
-from cdfkd_strategy.models.multi_header import MultiHeaderStudent, StudentSpec
+from cdfkd_strategy.models.multi_header import StudentSpec
+from cdfkd_strategy.models.plain_student import Student, build_student
 
 WEIGHTS_FILE = "student.safetensors"
 SPEC_FILE = "student.json"
 DESCRIPTION = "student"
 
 
-def save_student(run_dir: Path, student: MultiHeaderStudent, weights: Tensor | None = None) -> None:
+def save_student(run_dir: Path, student: Student, weights: Tensor | None = None) -> None:
     """Write a student to a run directory.
 
     Args:
@@ -52,7 +53,7 @@ def load_student(run_dir: Path | str) -> FusedStudent:
     run_dir = Path(run_dir)
     description = _read_description(run_dir / WEIGHTS_FILE)
     with seeding.seeded_scope("load_student"):
-        student = bind(StudentSpec, description["spec"], "student").build()
+        student = build_student(bind(StudentSpec, description["spec"], "student"))
     try:
         student.load_state_dict(load_tensors(run_dir / WEIGHTS_FILE))
     except RuntimeError as error:

@@ -20,6 +20,8 @@ FILE_NAME = "summary.json"
 KEYS = ("study", "cell", "seed", "commit", "hardware", "versions", "config", "runtime", "finished", "stopped_by", "rounds")
 CONTINUED = "continued"
 """Only in the summary of a run whose later starts had another origin: a list of these, oldest first."""
+BENCH = "bench"
+"""Only in the summary of a run of `cdfkd bench`: what is compared there besides accuracies, in the terms of `bench.record`."""
 ORIGIN_KEYS = ("commit", "hardware", "versions")
 """Where a start ran; in the summary itself, where the run began."""
 ROUND_KEYS = ("round", "accuracy", "seconds", "bytes", "peak_memory_mb")
@@ -132,6 +134,13 @@ class SummaryWriter:
         self.values.update(finished=True, stopped_by=stopped_by)
         self.write()
 
+    def add_bench(self, values: Mapping[str, Any]) -> None:
+        """Add what `cdfkd bench` measured, of a run that is finished or that failed."""
+        if self._before is not None:
+            self.values = self._before
+        self.values[BENCH] = dict(values)
+        self.write()
+
     def write(self) -> None:
         """Check and write the file; a number that is not finite is written as null."""
         self.values = finite(self.values)
@@ -217,12 +226,12 @@ def _difference(where: str, there: Any, here: Any) -> tuple[str, Any, Any]:
 
 
 def validate(summary: Any) -> None:
-    """Check a summary against the contract: exactly the agreed keys (and perhaps `CONTINUED`), fractions between 0 and 1, no NaN.
+    """Check a summary against the contract: exactly the agreed keys (and perhaps `CONTINUED` and `BENCH`), fractions between 0 and 1, no NaN.
 
     Raises:
         CDFKDError: it breaks the contract; the message says where.
     """
-    _check_keys(summary, KEYS, "the summary", perhaps=(CONTINUED,))
+    _check_keys(summary, KEYS, "the summary", perhaps=(CONTINUED, BENCH))
     for key in ("study", "cell"):
         _check(isinstance(summary[key], str), key, summary[key], "a string")
     _check(_whole(summary["seed"]), "seed", summary["seed"], "an integer")
@@ -237,6 +246,7 @@ def validate(summary: Any) -> None:
     _check(isinstance(summary["finished"], bool), "finished", summary["finished"], "true or false")
     _check(summary["stopped_by"] in STOPPED_BY, "stopped_by", summary["stopped_by"], f"one of {STOPPED_BY}")
     _check(summary["finished"] == (summary["stopped_by"] is not None), "stopped_by", summary["stopped_by"], "null exactly while unfinished")
+    _check(isinstance(summary.get(BENCH, {}), dict), BENCH, summary.get(BENCH), "a mapping")
     _check(isinstance(summary["rounds"], list), "rounds", summary["rounds"], "a list")
     for index, record in enumerate(summary["rounds"]):
         _validate_round(record, f"rounds[{index}]")

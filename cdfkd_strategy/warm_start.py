@@ -1,4 +1,4 @@
-"""The student of a first round: fresh headers on a trunk that is random, or already knows something."""
+"""The student of a first round: one or more fresh headers on a trunk that is random, or already knows something."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.averaging import average_state
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.models.plain_student import PlainStudent, Student
+from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.teachers import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 
 Init = Literal["average", "random"]
+Heads = Literal["per_teacher", "one", "plain"]
 
 
 def first_student(
-    backbone: str, teachers: TeacherEnsemble, *, max_width: int | Literal["auto"] | None = "auto", init: Init = "average", seed: int
+    backbone: str,
+    teachers: TeacherEnsemble,
+    *,
+    max_width: int | Literal["auto"] | None = "auto",
+    init: Init = "average",
+    stages: int = MAX_STAGES,
+    seed: int,
 ) -> MultiHeaderStudent:
     """A student with one header per teacher.
 
@@ -32,6 +41,7 @@ def first_student(
         teachers: the ensemble; its specs say who has which architecture.
         max_width: see `MultiHeaderStudent`.
         init: "average" or "random".
+        stages: see `MultiHeaderStudent`.
         seed: of the random part.
 
     Raises:
@@ -40,7 +50,7 @@ def first_student(
     if init not in ("average", "random"):
         raise ConfigError(f"student init is {init!r}; accepted: 'average', 'random'")
     with seeding.seeded_scope("student", seed):
-        student = MultiHeaderStudent(backbone, len(teachers), teachers.image, max_width=max_width)
+        student = MultiHeaderStudent(backbone, len(teachers), teachers.image, max_width=max_width, stages=stages)
     same = [index for index, spec in enumerate(teachers.specs) if spec.arch == backbone]
     if init == "average" and same:
         state = average_state([teachers.nets[index] for index in same], [teachers.specs[index].num_samples for index in same])
@@ -48,3 +58,32 @@ def first_student(
         trunk.load_state_dict({name: state[name] for name in trunk.state_dict()})
         logger.info("the student's trunk starts from the mean of %d teachers", len(same))
     return student
+
+
+def chosen_student(
+    heads: Heads,
+    backbone: str,
+    teachers: TeacherEnsemble,
+    *,
+    max_width: int | Literal["auto"] | None = "auto",
+    init: Init = "average",
+    stages: int = MAX_STAGES,
+    seed: int,
+) -> Student:
+    """A first student of one of three kinds, for the comparison of methods; the same seed gives students with headers the same trunk.
+
+    Args:
+        heads: "per_teacher" is `first_student`; "one" has its trunk and the first of its headers; "plain" is the backbone with its own
+            classifier, always from random weights.
+        backbone: an architecture's name.
+        teachers: the ensemble.
+        max_width: see `MultiHeaderStudent`.
+        init: "average" or "random".
+        stages: see `MultiHeaderStudent`.
+        seed: of the random part.
+    """
+    if heads == "plain":
+        with seeding.seeded_scope("student", seed):
+            return PlainStudent(backbone, teachers.image)
+    student = first_student(backbone, teachers, max_width=max_width, init=init, stages=stages, seed=seed)
+    return student.with_heads(1) if heads == "one" else student

@@ -20,10 +20,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect `real_data` tests unless CDFKD_DATA names the folder of the image files."""
-    if os.environ.get("CDFKD_DATA"):
-        return
-    wanting = [item for item in items if item.get_closest_marker("real_data")]
+    """Deselect `real_data` tests unless CDFKD_DATA names the folder of the image files, and `gpu` tests where torch sees no CUDA device."""
+    missing = {"real_data": not os.environ.get("CDFKD_DATA"), "gpu": not torch.cuda.is_available()}
+    wanting = [item for item in items if any(lacks and item.get_closest_marker(name) for name, lacks in missing.items())]
     if wanting:
         config.hook.pytest_deselected(items=wanting)
         items[:] = [item for item in items if item not in wanting]

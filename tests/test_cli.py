@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ import yaml
 
 from cdfkd_strategy import cli, load_student
 from cdfkd_strategy.cli import running
+from cdfkd_strategy.cli.showing import status, students
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.datasets import DataConfig, load_data
 from cdfkd_strategy.methods import METHODS
 from cdfkd_strategy.run_config import resolve
 from cdfkd_strategy.summary import read_summary, validate
+from tests.methods.remembering import Remembering
 
 TINY_CLIENTS = [
     "clients.count=2",
@@ -73,7 +76,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code += "print('heavy:', [name for name in ('torch', 'flwr', 'ray', 'matplotlib', 'sklearn', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert "heavy: []" in done.stdout
-    for command in ("run", "teachers", "distill", "methods", "config", "report"):
+    for command in ("run", "teachers", "distill", "bench", "methods", "config", "report"):
         assert f"\n    {command}" in done.stdout
 
 
@@ -84,6 +87,56 @@ def test_methods_lists_all_with_paper_and_disclosure(capsys: pytest.CaptureFixtu
         assert name in outcome.out
     assert "https://arxiv.org/abs/2205.11845" in outcome.out
     assert "built in" in outcome.out
+    assert "single, multi" in outcome.out
+
+
+def test_a_method_that_says_nothing_about_itself_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = type("Silent", (Remembering,), {"__module__": Remembering.__module__})
+    assert (students(silent), status(silent)) == ("not stated", "not stated")
+    monkeypatch.setattr(sys.modules[Remembering.__module__], "__doc__", "Something. Its schedule is a *reconstruction*.")
+    assert status(silent) == "reconstruction, in part: see its docstring"
+    stating = type("Stating", (Remembering,), {"students": ("multi", "single"), "status": "checked by hand"})
+    assert (students(stating), status(stating)) == ("multi, single", "checked by hand")
+
+
+THIRD_PARTY = {
+    "elsewhere_method.py": '''
+"""Elsewhere: does nothing, as (https://arxiv.org/abs/1234.56789) has it. A client discloses its weights."""
+from dataclasses import dataclass
+from cdfkd_strategy.distiller import Distiller
+
+@dataclass(frozen=True)
+class Nothing:
+    steps: int = 1
+
+class Elsewhere(Distiller):
+    name = "elsewhere"
+    Config = Nothing
+    num_epochs = 1
+
+    def run_epoch(self, epoch):
+        return {"zero": 0.0}
+''',
+    "elsewhere_kd-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: elsewhere-kd\nVersion: 1.2\n",
+    "elsewhere_kd-1.2.dist-info/entry_points.txt": "[cdfkd_strategy.methods]\nelsewhere = elsewhere_method:Elsewhere\n",
+    "elsewhere_kd-1.2.dist-info/top_level.txt": "elsewhere_method\n",
+}
+"""A method in a distribution of its own, as pip would have installed it."""
+
+
+def test_a_method_of_another_distribution_is_listed_and_configured(tmp_path: Path) -> None:
+    for name, text in THIRD_PARTY.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    code = "from cdfkd_strategy.cli import main\nmain(['methods'])\nmain(['config', 'digits', 'method.name=elsewhere'])\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    (row,) = [line for line in done.stdout.splitlines() if "│ elsewhere " in line]
+    assert "https://arxiv.org/abs/1234.56789" in row
+    text = " ".join(done.stdout.split())
+    assert "elsewhere-kd" in text, "the distribution that it comes from"
+    assert "not stated" in text
+    assert yaml.safe_load(done.stdout.partition("consents\n")[2])["method"] == {"name": "elsewhere", "steps": 1}
 
 
 def test_config_prints_what_resolves_to_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

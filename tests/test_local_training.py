@@ -340,3 +340,45 @@ def test_cross_entropy_alone_is_reported_as_the_loss() -> None:
     with torch.no_grad():
         logits = initial_model("lenet", IMAGE, seed=0)(IMAGE.normalise(images.x_train.float() / 255))
     assert stats["loss"] == pytest.approx(float(F.cross_entropy(logits, images.y_train)), rel=1e-4)
+
+
+# -- schedules and starts of papers without clients --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rates", "expected"), [((), [0.2, 0.2, 0.02, 0.002]), ((0.05, 0.01), [0.2, 0.2, 0.05, 0.01])])
+def test_multistep_lowers_the_rate_at_its_milestones(rates: tuple[float, ...], expected: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *more: (seen.append(self.param_groups[0]["lr"]), step(self, *more))[1])
+    trained(ClientsConfig(epochs=4, batch_size=20, lr=0.2, schedule="multistep", milestones=(2, 3), milestone_rates=rates))
+    steps = 3  # of 20, 20 and 10 images
+    assert seen == pytest.approx([rate for rate in expected for _ in range(steps)])
+
+
+def test_adam_is_torchs() -> None:
+    config = ClientsConfig(epochs=1, batch_size=50, lr=0.01, optimizer="adam", schedule="constant", weight_decay=0.0)
+    model, _ = trained(config)
+    before = initial_model("lenet", IMAGE, seed=0)
+    moved = max(float((a - b).abs().max().detach()) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert moved == pytest.approx(0.01, rel=1e-3), "Adam's first step has the size of its rate"
+
+
+def test_clients_with_an_initialisation_of_their_own_differ_on_the_same_images() -> None:
+    images = DataConfig(partition=PartitionConfig(name="replicated"), local_test=0.0)
+    states = {}
+    for init in ("common", "own"):
+        config = ClientsConfig(count=2, architectures=("lenet",), epochs=1, lr=1e-6, init=init)  # type: ignore[arg-type]
+        states[init] = [teacher.model.state_dict()["classifier.weight"] for teacher in train_all(config, tiny_data(), images, IMAGE, 0, workers=1)]
+    assert torch.allclose(*states["common"], atol=1e-4), "only the order of the images differs"
+    assert not torch.allclose(*states["own"], atol=1e-2)
+    assert not torch.allclose(states["own"][0], states["common"][0], atol=1e-2)
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"milestone_rates are 1 for 2 milestones"):
+        ClientsConfig(milestones=(1, 2), milestone_rates=(0.1,))
+    with pytest.raises(ConfigError, match=r"clients\.device is 'gpu'; accepted: cpu"):
+        ClientsConfig(device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(CDFKDError, match=r"clients\.device is 'cuda', which torch does not see here"):
+            train_all(ClientsConfig(device="cuda"), tiny_data(), DataConfig(), IMAGE, 0)

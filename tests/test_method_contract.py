@@ -27,7 +27,7 @@ from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import DistillResult, distill
 from cdfkd_strategy.engine_config import EngineConfig
-from cdfkd_strategy.errors import CheckpointError, NeedsError
+from cdfkd_strategy.errors import ArchitectureError, CheckpointError, NeedsError
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.generators import GeneratorConfig
 from cdfkd_strategy.runtime import Runtime
@@ -284,6 +284,18 @@ def test_disagreement_on_real_digits_is_halved(cls: type[Distiller], count: int,
     config = dataclasses.replace(cls.Config.toy(), **ENOUGH.get(cls.name, {}))
     run(cls, teachers, student, config=config, device=device)
     assert disagreement(student, teachers) <= before / 2
+
+
+@every_method
+@pytest.mark.parametrize(("kind", "heads"), [("single", 1), ("multi", 2)])
+def test_it_takes_the_students_that_it_names_and_refuses_the_others(cls: type[Distiller], kind: str, heads: int) -> None:
+    teachers, student = trained_ensemble(2), tiny_student(heads)
+    if kind in cls.students:
+        result = run(cls, teachers, student)
+        assert all(math.isfinite(value) for row in result.history for value in row.values())
+    elif cls.students:
+        with pytest.raises(ArchitectureError, match=f"a student with {heads} header"):
+            run(cls, teachers, student)
 
 
 # -- determinism and resume ----------------------------------------------------------------------------------------

@@ -129,12 +129,12 @@ def test_class_weights_and_first_student_are_computed_where_the_run_began(teache
         monkeypatch.setattr(offline, name, call)
 
     watched("estimate")
-    watched("first_student")
+    watched("chosen_student")
     out = tmp_path / "run"
     begun = ["method.epochs=2", "engine.threads=2", "engine.max_seconds=0"]
     offline.distill_directory(offline.plan(teachers, begun), out)
     offline.distill_directory(offline.plan(teachers, ["method.epochs=2", "engine.threads=1"]), out, resume=True)
-    assert seen == [("estimate", 2), ("first_student", 2)] * 2
+    assert seen == [("estimate", 2), ("chosen_student", 2)] * 2
     assert (read_summary(out)["stopped_by"], read_summary(out)["runtime"]["threads"]) == ("schedule", 2)
     assert torch.get_num_threads() == 1
 

@@ -18,7 +18,7 @@ from cdfkd_strategy.distiller import METHODS
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.report import find_results, with_tables
-from cdfkd_strategy.run_config import find_config
+from cdfkd_strategy.run_config import bench_root, find_config
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.types import ImageSpec
 
@@ -75,7 +75,7 @@ def test_commands_parse() -> None:
         args, rest = cli.build_parser().parse_known_args(arguments)
         assert all("=" in item for item in rest), line
         if getattr(args, "config", None):
-            assert find_config(args.config).exists()
+            assert find_config(args.config, bench_root()).exists()
 
 
 def test_relative_links_exist() -> None:

@@ -11,7 +11,7 @@ from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
 from cdfkd_strategy.types import ImageSpec
-from cdfkd_strategy.warm_start import first_student
+from cdfkd_strategy.warm_start import chosen_student, first_student
 
 IMAGE = ImageSpec(1, 8, 8, 3)
 
@@ -57,3 +57,17 @@ def test_unknown_sample_counts_weigh_the_same_and_unknown_starts_are_refused() -
     assert torch.allclose(mean[name], expected, atol=1e-6)
     with pytest.raises(ConfigError, match="accepted: 'average', 'random'"):
         first_student("lenet", teachers, init="pretrained", seed=0)  # type: ignore[arg-type]
+
+
+def test_all_kinds_of_students_of_a_seed_begin_alike() -> None:
+    teachers = ensemble("lenet", "resnet8", samples=(5, 5))
+    heads, one, plain = (chosen_student(kind, "small_cnn", teachers, init="random", seed=3) for kind in ("per_teacher", "one", "plain"))
+    assert (heads.heads, one.heads, plain.heads) == (2, 1, 1)
+    full = heads.state_dict()
+    assert len(one.state_dict()) < len(full)
+    assert all(torch.equal(tensor, full[name]) for name, tensor in one.state_dict().items())
+    shared = [name for name in full if name.startswith("trunk.net.") and full[name].dim() == 4]
+    assert len(shared) == 3
+    assert all(torch.equal(full[name], plain.state_dict()[name.removeprefix("trunk.")]) for name in shared), "the convolutions of all three are the same"
+    other = chosen_student("plain", "small_cnn", teachers, seed=4)
+    assert not torch.equal(next(other.parameters()), next(plain.parameters()))

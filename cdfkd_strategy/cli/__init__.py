@@ -74,6 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_out(distill, resume=True)
     distill.set_defaults(command="running:distill")
 
+    bench = commands.add_parser("bench", help="compare methods on the same teachers", description="Run methods on the same teachers, and write one table.")
+    bench.add_argument("config", metavar="BENCH", help="a name in simulations/configs/bench, or a path to a YAML file")
+    _takes_overrides(bench)
+    _takes_out(bench, resume=True)
+    bench.add_argument("--teachers", metavar="DIR", help="where the teachers are, or are put; default: in --out")
+    bench.add_argument("--only", metavar="ROWS", help="rows to run, separated by commas; default: all")
+    bench.add_argument("--keep", metavar="RESULTS", help="also copy the summaries to RESULTS/<study>, and write the table there")
+    bench.set_defaults(command="benching:bench")
+
     methods = commands.add_parser("methods", help="list the distillation methods, what they need and what clients disclose")
     methods.set_defaults(command="showing:methods")
 

@@ -28,19 +28,31 @@ logger = logging.getLogger(__name__)
 
 
 def methods(args: argparse.Namespace) -> None:  # noqa: ARG001 - one signature for all commands
-    """A table of the registered methods, with what a client of this package tells a server that runs them."""
+    """A table of the registered methods, and what a client of this package tells a server that runs them."""
     from cdfkd_strategy.flower.disclosure import OPTED_IN, disclosed, needed
 
     table = Table()
-    for column in ("name", "method", "paper", "a client discloses", "the method needs", "from"):
+    for column in ("name", "method", "paper", "the method needs", "student", "status", "from"):
         table.add_column(column, overflow="fold", no_wrap=column == "paper")
     for name in METHODS:
         cls = METHODS[name]
         title, paper = describe(cls)
-        told = "; ".join(disclosed(label_counts=cls.needs.label_counts))
-        table.add_row(name, title, paper, told, ", ".join(needed(cls.needs)) or "the networks", origin(cls))
+        table.add_row(name, title, paper, ", ".join(needed(cls.needs)) or "the networks", students(cls), status(cls), origin(cls))
     show(table)
+    print("student: single, one header for all teachers; multi, one header per teacher")
+    print(f"a client discloses, whatever the method: {'; '.join(disclosed(label_counts=False))}")
     print(f"{', '.join(OPTED_IN.values())}: only where server.weights=label_counts asks for them and the client consents")
+
+
+def students(cls: type[Distiller]) -> str:
+    """The kinds of students that a method says it takes."""
+    return ", ".join(cls.students) or "not stated"
+
+
+def status(cls: type[Distiller]) -> str:
+    """What a method says of itself, or else whether its docstring speaks of a reconstruction."""
+    text = import_module(cls.__module__).__doc__ or cls.__doc__ or ""
+    return cls.status or ("reconstruction, in part: see its docstring" if "reconstruct" in text.lower() else "not stated")
 
 
 def describe(cls: type[Distiller]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Who holds which training samples: iid, Dirichlet label skew, few classes per client, one domain per client, or images of their own."""
+"""Who holds which training samples: iid, Dirichlet label skew, few classes per client, one domain per client, all by everyone, or images of their own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ MAX_DRAWS = 1000
 
 OWN = "own"
 """Not a partition: the clients have images of their own, and nothing is dealt."""
+
+REPLICATED = "replicated"
+"""The partitioner that deals every sample to everyone."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class PartitionTask:
 
 
 Partitioner = Callable[[PartitionTask, np.random.Generator], list[Indices]]
-"""Gives one index array per client; together they hold every sample once."""
+"""Gives one index array per client; together they hold every sample once (``replicated``: each of them does)."""
 
 PARTITIONERS: Registry[Partitioner] = Registry("partitioner")
 
@@ -72,7 +75,7 @@ def partition_indices(
     num_classes: int,
     domains: NDArray[np.int64] | None = None,
 ) -> list[Indices]:
-    """Deal the training samples to the clients; each sample goes to exactly one of them.
+    """Deal the training samples to the clients; each sample goes to exactly one of them, or with ``replicated`` to all.
 
     Args:
         labels: ``[N]``, classes 0..C-1.
@@ -97,7 +100,7 @@ def partition_indices(
     partitioner = PARTITIONERS[config.name]
     if clients < 1:
         raise ConfigError(f"{clients} clients; accepted: at least 1")
-    if clients * config.min_samples > len(labels):
+    if config.name != REPLICATED and clients * config.min_samples > len(labels):
         raise DataError(
             f"{clients} clients with at least {config.min_samples} samples each need {clients * config.min_samples}, "
             f"but there are {len(labels)}; lower clients.count or partition.min_samples, or raise data.train_size"
@@ -121,6 +124,12 @@ def label_counts(labels: NDArray[np.int64], parts: Sequence[Indices], num_classe
 def iid(task: PartitionTask, rng: np.random.Generator) -> list[Indices]:
     """Shuffle and cut into equal parts (sizes differ by at most 1)."""
     return [np.asarray(part) for part in np.array_split(rng.permutation(len(task.labels)), task.clients)]
+
+
+@PARTITIONERS.register(REPLICATED)
+def replicated(task: PartitionTask, rng: np.random.Generator) -> list[Indices]:  # noqa: ARG001 - one signature for all
+    """Every client holds every sample, as the teachers of the papers without clients do."""
+    return [np.arange(len(task.labels)) for _ in range(task.clients)]
 
 
 @PARTITIONERS.register("dirichlet")

@@ -21,6 +21,7 @@ from cdfkd_strategy.flower import client, payload
 from cdfkd_strategy.flower.run_state import STATE_FILE
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.harness import Harness
+from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.provenance import peak_memory_mb
 from cdfkd_strategy.run_config import PATIENCE, RunConfig, resolve
 from cdfkd_strategy.summary import SummaryWriter
@@ -95,8 +96,29 @@ def from_run_config(values: UserConfig) -> tuple[RunConfig, Path | None]:
     return config, Path(out) if out else None
 
 
+def check_federated(config: RunConfig) -> None:
+    """Some settings are for the comparison of methods on the same teachers, and have no meaning between server and clients.
+
+    Raises:
+        ConfigError: the configuration has one of them.
+    """
+    settings: tuple[tuple[str, object, object], ...] = (
+        ("student.heads", config.student.heads, "per_teacher"),
+        ("student.stages", config.student.stages, MAX_STAGES),
+        ("clients.init", config.clients.init, "common"),
+    )
+    for name, value, accepted in settings:
+        if value != accepted:
+            raise ConfigError(f"{name} is {value!r}; accepted with Flower: {accepted!r} (`cdfkd teachers`, `cdfkd distill` and `cdfkd bench` take the others)")
+
+
 def make_strategy(config: RunConfig, image: ImageSpec, harness: Harness, out: Path | None, *, resume: bool) -> CDFKDStrategy:
-    """The strategy of a configuration."""
+    """The strategy of a configuration.
+
+    Raises:
+        ConfigError: it has settings that are for a distillation without Flower.
+    """
+    check_federated(config)
     method, method_config = config.method_config()
     return CDFKDStrategy(
         image,

@@ -124,6 +124,7 @@ def read_back(options: Options) -> Distilled:
     """The last finished distillation's student (and single header) from the run directory."""
     assert options.run_dir is not None
     student = load_student(options.run_dir).student
+    assert isinstance(student, MultiHeaderStudent)
     single = None
     if options.broadcast == "single":
         single = student.with_heads(1)

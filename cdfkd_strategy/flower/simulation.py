@@ -14,7 +14,7 @@ from typing import Any
 
 from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.errors import ConfigError, MissingExtraError
-from cdfkd_strategy.flower.apps import make_client_app, make_server_app
+from cdfkd_strategy.flower.apps import check_federated, make_client_app, make_server_app
 from cdfkd_strategy.provenance import usable_cores
 from cdfkd_strategy.run_config import RunConfig
 
@@ -40,6 +40,7 @@ def simulate(config: RunConfig, out: Path, *, resume: bool = False) -> None:
             f"data.name is {config.data.name!r} and data.partition.name {config.data.partition.name!r}: the clients of a simulation have no images "
             "of their own; name a data set and a partition, or run the configuration on SuperNodes with `flwr run`"
         )
+    check_federated(config)
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("Flower's simulation (cdfkd run)", "simulation")
     if not resume:

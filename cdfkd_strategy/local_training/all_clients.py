@@ -19,6 +19,7 @@ from cdfkd_strategy.data.image_data import ImageData
 from cdfkd_strategy.errors import CDFKDError
 from cdfkd_strategy.local_training.client_round import ClientsConfig, train_teacher
 from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.types import ImageSpec
 
@@ -51,6 +52,14 @@ class _Job(NamedTuple):
     partition_id: int
     share: tuple[NDArray[Any], ...]
 
+    def initial_model(self) -> nn.Module:
+        """The client's model before training: that of all clients of its architecture, or its own."""
+        arch = self.config.architecture(self.partition_id)
+        if self.config.init == "common":
+            return initial_model(arch, self.image, self.seed)
+        with seeded_scope("init", self.seed, arch, self.partition_id):
+            return build_classifier(arch, self.image)
+
 
 class _Outcome(NamedTuple):
     state: dict[str, NDArray[Any]]
@@ -79,17 +88,19 @@ def train_all(
         data_config: partition and local test part.
         image: what the teachers take.
         seed: of the run.
-        workers: processes at most; 1 trains in this process.
+        workers: processes at most; 1 trains in this process, and so does every device but the CPU.
         on_done: called with partition id and statistics as clients finish.
 
     Returns:
         One teacher per client, in the order of partition ids.
 
     Raises:
-        CDFKDError: what `train_teacher` raises, or a process died.
+        CDFKDError: what `train_teacher` raises, a process died, or the device is not there.
     """
+    if not Runtime(device=config.device).is_available:
+        raise CDFKDError(f"clients.device is {config.device!r}, which torch does not see here; use cpu")
     outcomes: dict[int, _Outcome] = {}
-    for partition_id, outcome in _outcomes(config, data, data_config, image, seed, min(workers, config.count)):
+    for partition_id, outcome in _outcomes(config, data, data_config, image, seed, min(workers, config.count) if config.device == "cpu" else 1):
         if outcome.error is not None:
             raise CDFKDError(outcome.error)
         outcomes[partition_id] = outcome
@@ -120,12 +131,12 @@ def _outcomes(config: ClientsConfig, data: ImageData, data_config: DataConfig, i
 def _train_job(job: _Job) -> _Outcome:
     """Runs in the worker; an error crosses the border as its message."""
     try:
-        model = initial_model(job.config.architecture(job.partition_id), job.image, job.seed)
+        model = job.initial_model().to(job.config.device)
         share = ClientShare(*(torch.from_numpy(np.array(part)) for part in job.share))
         stats = train_teacher(model, share, image=job.image, config=job.config, seed=job.seed, partition_id=job.partition_id, round=1)
     except CDFKDError as error:
         return _Outcome({}, {}, str(error))
-    return _Outcome({name: tensor.numpy() for name, tensor in model.state_dict().items()}, stats)
+    return _Outcome({name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}, stats)
 
 
 def _restore(arch: str, image: ImageSpec, seed: int, outcome: _Outcome) -> Trained:

@@ -17,7 +17,7 @@ from cdfkd_strategy.data.client_share import ClientShare
 from cdfkd_strategy.errors import ArchitectureError, CDFKDError, ConfigError, DataError
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.models.head_fusion import FusedStudent
-from cdfkd_strategy.schedules import cosine
+from cdfkd_strategy.schedules import cosine, multistep
 from cdfkd_strategy.seeding import generator, seeded_scope, threads
 from cdfkd_strategy.types import ImageSpec
 
@@ -31,10 +31,16 @@ class ClientsConfig:
         architectures: teacher architectures; client ``k`` takes number ``k`` modulo their count.
         epochs: local epochs per round.
         batch_size: images per step; a last batch of one image joins the one before it.
-        lr: of SGD at the start of every round.
+        optimizer: "sgd", or "adam" with its default betas.
+        lr: at the start of every round.
         momentum: of SGD.
-        weight_decay: of SGD, on all parameters.
-        schedule: ``cosine`` anneals the rate to 0 over the round, step by step.
+        weight_decay: on all parameters.
+        schedule: ``cosine`` anneals the rate to 0 over the round, step by step; ``multistep`` lowers it at ``milestones``.
+        milestones: epochs (of the round, from 0) at which ``multistep`` divides the rate by 10.
+        milestone_rates: the rates from the milestones on, where they are other ones; empty, or one per milestone.
+        init: do clients of one architecture start from a "common" initialisation, or each from its "own" (as papers without clients do)?
+            The latter is for `cdfkd teachers` and `cdfkd bench`: with Flower it is the server that sends the initial weights.
+        device: where `cdfkd teachers` and `cdfkd bench` train: a torch device string. A Flower client's device is in its node's configuration.
         augment: ``shift`` (random crop after zero padding by an eighth of the side), ``flip`` (horizontal), both, or none.
         fedprox_mu: weight of FedProx's ``mu/2 ||w - w_received||^2`` (arXiv:1812.06127, eq. 2); 0 is off.
         student_weight: weight of ``T^2 KL(student || teacher)`` on the client's images once a student was broadcast; 0 is off.
@@ -53,10 +59,15 @@ class ClientsConfig:
     architectures: tuple[str, ...] = ("small_cnn",)
     epochs: int = 5
     batch_size: int = 64
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "multistep"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    milestone_rates: tuple[float, ...] = ()
+    init: Literal["common", "own"] = "common"
+    device: str = "cpu"
     augment: Literal["none", "shift", "flip", "crop_flip"] = "none"
     fedprox_mu: float = 0.0
     student_weight: float = 1.0
@@ -77,6 +88,12 @@ class ClientsConfig:
         for name in ("momentum", "weight_decay", "fedprox_mu", "student_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"clients.{name} is {getattr(self, name)}; accepted: at least 0")
+        if self.milestone_rates and len(self.milestone_rates) != len(self.milestones):
+            raise ConfigError(f"clients.milestone_rates are {len(self.milestone_rates)} for {len(self.milestones)} milestones; accepted: as many, or none")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(f"clients.device is {self.device!r}; accepted: cpu, cuda, cuda:<n>") from error
 
     def architecture(self, partition_id: int) -> str:
         """The architecture of client ``partition_id``."""
@@ -149,7 +166,11 @@ class _Run:
             raise ArchitectureError("the model to train has no parameters that require gradients; call model.requires_grad_(True)")
         self.received = [parameter.detach().clone() for parameter in self.parameters] if config.fedprox_mu > 0 else []
         self.device = self.parameters[0].device
-        self.optimiser = torch.optim.SGD(self.parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.optimiser: torch.optim.Optimizer
+        if config.optimizer == "adam":
+            self.optimiser = torch.optim.Adam(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        else:
+            self.optimiser = torch.optim.SGD(self.parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         self.augment = augmentation(config.augment, image)
         self.known = None if student is None or config.augment != "none" else self._student_on_all(student)
         self.step = 0
@@ -205,6 +226,10 @@ class _Run:
     def _rate(self) -> float:
         if self.config.schedule == "constant":
             return self.config.lr
+        if self.config.schedule == "multistep":
+            epoch, milestones = self.step * self.config.epochs // self.total_steps, self.config.milestones
+            passed = sum(epoch >= milestone for milestone in milestones)
+            return self.config.milestone_rates[passed - 1] if passed and self.config.milestone_rates else self.config.lr * multistep(epoch, milestones)
         return self.config.lr * cosine(self.step, self.total_steps)
 
 

@@ -144,6 +144,8 @@ class CDFKDMFS(Distiller):
     """
 
     name = "cdfkd_mfs"
+    students = ("multi",)
+    status = "every loss tested; formulas of the authors' code"
     Config = CDFKDMFSConfig
     needs = Needs(batch_norm=False, features=False)
     student: MultiHeaderStudent

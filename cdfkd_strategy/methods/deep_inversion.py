@@ -173,6 +173,8 @@ class DeepInversion(Distiller):
     """
 
     name = "deep_inversion"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = DeepInversionConfig
     needs = Needs(batch_norm=True)
     config: DeepInversionConfig

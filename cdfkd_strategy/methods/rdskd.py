@@ -115,6 +115,8 @@ class RDSKD(Distiller):
     """
 
     name = "rdskd"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = RDSKDConfig
     needs = Needs()
     config: RDSKDConfig

@@ -98,16 +98,22 @@ def _small_cnn(image: ImageSpec, norm: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(128, image.num_classes))
 
 
+HALF_LENET = (3, 8, 60, 42)
+"""Half of every width of LeNet-5."""
+
+
 class LeNet(nn.Module):
     """LeNet-5 with ReLU and max pooling; padding follows the image, so that 8 px work and 28 and 32 px are the classical net.
 
     Args:
         image: input and classes.
         batch_norm: normalise after every convolution and hidden linear layer.
+        widths: channels of the two convolutions, units of the two hidden layers; `HALF_LENET` is the half-size student of the literature.
     """
 
-    def __init__(self, image: ImageSpec, batch_norm: bool = False) -> None:
+    def __init__(self, image: ImageSpec, batch_norm: bool = False, widths: tuple[int, int, int, int] = (6, 16, 120, 84)) -> None:
         super().__init__()
+        one, two, three, four = widths
         side = min(image.height, image.width)
         first = 0 if side >= 32 else 2
         second = 0 if (side - 4 + 2 * first) // 2 >= 10 else 2
@@ -115,14 +121,14 @@ class LeNet(nn.Module):
         norm2d: Callable[[int], nn.Module] = nn.BatchNorm2d if batch_norm else lambda _: nn.Identity()
         norm1d: Callable[[int], nn.Module] = nn.BatchNorm1d if batch_norm else lambda _: nn.Identity()
         self.features = nn.Sequential(
-            nn.Conv2d(image.channels, 6, 5, padding=first), norm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5, padding=second), norm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(image.channels, one, 5, padding=first), norm2d(one), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(one, two, 5, padding=second), norm2d(two), nn.ReLU(inplace=True), nn.MaxPool2d(2),
         )  # fmt: skip
         self.hidden = nn.Sequential(
-            nn.Linear(16 * height * width, 120), norm1d(120), nn.ReLU(inplace=True),
-            nn.Linear(120, 84), norm1d(84), nn.ReLU(inplace=True),
+            nn.Linear(two * height * width, three), norm1d(three), nn.ReLU(inplace=True),
+            nn.Linear(three, four), norm1d(four), nn.ReLU(inplace=True),
         )  # fmt: skip
-        self.classifier = nn.Linear(84, image.num_classes)
+        self.classifier = nn.Linear(four, image.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, channels, H, W]`` to logits ``[B, C]``."""
@@ -242,6 +248,8 @@ def _register() -> None:
         "small_cnn_gn": partial(_small_cnn, norm=_group_norm),
         "lenet": LeNet,
         "lenet_bn": partial(LeNet, batch_norm=True),
+        "lenet_half": partial(LeNet, widths=HALF_LENET),
+        "lenet_half_bn": partial(LeNet, batch_norm=True, widths=HALF_LENET),
         "resnet8": ResNet8,
     }
     paper: dict[str, Callable[[ImageSpec], nn.Module]] = {

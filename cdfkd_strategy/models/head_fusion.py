@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ConfigError, DataError
 from cdfkd_strategy.models.modes import evaluating
-from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.models.plain_student import Student
 from cdfkd_strategy.precision import full, in_full
 
 
@@ -160,7 +160,7 @@ class FusedStudent(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, student: MultiHeaderStudent, weights: Tensor | None = None, attention: HeadAttention | None = None) -> None:
+    def __init__(self, student: Student, weights: Tensor | None = None, attention: HeadAttention | None = None) -> None:
         super().__init__()
         if weights is not None and attention is not None:
             raise ConfigError("a fused student got weights and attention; accepted: one of them")

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.classifiers import ARCHITECTURES, build_classifier
-from cdfkd_strategy.models.stages import find_stages
+from cdfkd_strategy.models.stages import MAX_STAGES, find_stages
 from cdfkd_strategy.precision import full
 from cdfkd_strategy.types import ImageSpec, StudentOutputs
 
@@ -31,22 +31,28 @@ class StudentSpec:
         heads: ``K``.
         image: input and classes.
         max_width: stages wider than this are narrowed by a 1x1 convolution; None narrows nothing.
+        plain: not a multi-header student, but the backbone with its own classifier (`PlainStudent`).
+        stages: how many of the deepest stages enter the headers, at most.
     """
 
     backbone: str
     heads: int
     image: ImageSpec
     max_width: int | None = None
+    plain: bool = False
+    stages: int = MAX_STAGES
 
     def build(self) -> MultiHeaderStudent:
         """A freshly initialised student (from torch's global random state).
 
         Raises:
-            ArchitectureError: the student was built on a module of the user's, which plain values cannot describe.
+            ArchitectureError: the student was built on a module of the user's, which plain values cannot describe, or it has no headers.
         """
+        if self.plain:
+            raise ArchitectureError("a plain student has no headers; accepted: the spec of a multi-header student (`build_student` builds both)")
         if self.backbone.startswith("<"):
             raise ArchitectureError(f"a student on the user's own module {self.backbone} cannot be built from its spec; build it where the module is known")
-        return MultiHeaderStudent(self.backbone, self.heads, self.image, max_width=self.max_width)
+        return MultiHeaderStudent(self.backbone, self.heads, self.image, max_width=self.max_width, stages=self.stages)
 
 
 class Encoder(nn.Sequential):
@@ -109,6 +115,7 @@ class MultiHeaderStudent(nn.Module):
         heads: ``K``, at least 1.
         image: input and classes.
         max_width: channels; None narrows nothing; "auto" is None for the paper's backbones and `AUTO_MAX_WIDTH` for others.
+        stages: how many of the deepest stages enter the headers, at most; 1 is no multi-level sharing, for comparison.
 
     Attributes:
         heads: ``K``.
@@ -117,7 +124,7 @@ class MultiHeaderStudent(nn.Module):
         feature_width: ``D``.
 
     Raises:
-        ConfigError: ``heads`` or ``max_width`` is below 1.
+        ConfigError: ``heads``, ``max_width`` or ``stages`` is below 1.
         ArchitectureError: the backbone has no stages at this image size, or cannot be traced.
     """
 
@@ -128,6 +135,7 @@ class MultiHeaderStudent(nn.Module):
         image: ImageSpec,
         *,
         max_width: int | Literal["auto"] | None = "auto",
+        stages: int = MAX_STAGES,
     ) -> None:
         super().__init__()
         if heads < 1:
@@ -138,10 +146,12 @@ class MultiHeaderStudent(nn.Module):
             max_width = None if paper else AUTO_MAX_WIDTH
         if max_width is not None and (not isinstance(max_width, int) or max_width < 1):
             raise ConfigError(f"max_width is {max_width!r}; accepted: 'auto', None, or at least 1 channel")
+        if stages < 1:
+            raise ConfigError(f"the student's headers see {stages} stages; accepted: at least 1")
         self.image = image
-        self.spec = StudentSpec(str(backbone) if named else f"<{type(backbone).__name__}>", heads, image, max_width)
+        self.spec = StudentSpec(str(backbone) if named else f"<{type(backbone).__name__}>", heads, image, max_width, stages=stages)
         classifier = build_classifier(backbone, image) if isinstance(backbone, str) else copy.deepcopy(backbone)
-        self.trunk = find_stages(classifier, image)
+        self.trunk = find_stages(classifier, image, stages)
         self.widths = tuple(min(width, max_width or width) for width in self.trunk.channels)
         self.narrow = nn.ModuleList(
             nn.Identity() if width == wide else nn.Conv2d(wide, width, 1, bias=False) for width, wide in zip(self.widths, self.trunk.channels, strict=True)
@@ -215,13 +225,22 @@ class MultiHeaderStudent(nn.Module):
         return student
 
 
-def with_maps(student: nn.Module) -> MultiHeaderStudent:
-    """The student, if it gives the maps of its trunk (`MultiHeaderStudent.observe`), with one header or many.
+@runtime_checkable
+class GivesMaps(Protocol):
+    """A student whose ``observe`` gives its outputs and the maps of its stages: `MultiHeaderStudent`, `PlainStudent`, or anybody's."""
+
+    def observe(self, x: Tensor) -> tuple[StudentOutputs, tuple[Tensor, ...]]:
+        """What ``forward`` gives, and the maps ``[B, channels_s, H_s, W_s]``, finest first."""
+        ...
+
+
+def with_maps(student: nn.Module) -> GivesMaps:
+    """The student, if it gives the maps of its stages, with one header or many.
 
     Raises:
         ArchitectureError: it gives logits and features only.
     """
-    if not isinstance(student, MultiHeaderStudent):
+    if not isinstance(student, GivesMaps):
         raise ArchitectureError(
             f"the student {type(student).__name__} gives no stage maps to compare with the teachers'; accepted: {MultiHeaderStudent.__name__} "
             "(with one header too), which can be built on the same network, or a weight of 0 for the terms that need maps"

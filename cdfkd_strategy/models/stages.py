@@ -22,6 +22,9 @@ _ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Har
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, torch.mean, "mean")
 _AVERAGE_POOLS = (F.avg_pool2d,)
 
+MAX_STAGES = 4
+"""Of the deepest resolutions: ResNet's stem at large images is not a stage of the paper."""
+
 
 class Trunk(nn.Module):
     """A backbone without its classifier: one map per resolution stage.
@@ -88,7 +91,7 @@ class _Probe(fx.Interpreter):
         return value
 
 
-def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) -> Trunk:
+def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = MAX_STAGES) -> Trunk:
     """The trunk of a classifier: for every resolution, the last map that everything after it is computed from.
 
     A resolution that only a pooling gives is not a stage.
@@ -101,7 +104,7 @@ def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) ->
     Args:
         classifier: a network that `torch.fx` can trace; the trunk shares its modules, and leaves out those it does not need.
         image: what it takes.
-        max_stages: the deepest ones are kept (ResNet's stem at large images is not a stage of the paper).
+        max_stages: the deepest ones are kept.
 
     Raises:
         ArchitectureError: the network cannot be traced, cannot take these images, or has no 4-D maps.
@@ -121,7 +124,7 @@ def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) ->
     return Trunk(net, tuple(shapes[node][1] for node in nodes), sizes)
 
 
-def with_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = 4) -> StagedClassifier:
+def with_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = MAX_STAGES) -> StagedClassifier:
     """A classifier in eval mode with the maps of its stages, the same as those of `find_stages`, in one forward pass.
 
     Args:

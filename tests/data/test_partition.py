@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cdfkd_strategy.data import partition
-from cdfkd_strategy.data.partition import PARTITIONERS, PartitionConfig, label_counts, partition_indices
+from cdfkd_strategy.data.partition import PARTITIONERS, REPLICATED, PartitionConfig, label_counts, partition_indices
 from cdfkd_strategy.errors import ConfigError, DataError, UnknownNameError
 
 CLASSES = 10
@@ -17,7 +17,10 @@ def deal(name: str, clients: int = 5, seed: int = 0, labels: np.ndarray = LABELS
     return partition_indices(labels, clients, config, seed, num_classes=CLASSES, domains=DOMAINS[: len(labels)])
 
 
-@pytest.mark.parametrize("name", list(PARTITIONERS))
+DEALT = [name for name in PARTITIONERS if name != REPLICATED]
+
+
+@pytest.mark.parametrize("name", DEALT)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_each_sample_belongs_to_exactly_one_client(name: str, seed: int) -> None:
     owners = [0] * len(LABELS)
@@ -28,14 +31,20 @@ def test_each_sample_belongs_to_exactly_one_client(name: str, seed: int) -> None
     assert owners == [1] * len(LABELS)
 
 
-@pytest.mark.parametrize("name", list(PARTITIONERS))
+@pytest.mark.parametrize("name", DEALT)
 def test_the_seed_decides(name: str) -> None:
     first, again, other = deal(name), deal(name), deal(name, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("name", list(PARTITIONERS))
+def test_replicated_gives_everyone_everything() -> None:
+    parts = deal(REPLICATED, clients=150)
+    assert len(parts) == 150, "more clients than there are samples for, if these were dealt"
+    assert all(np.array_equal(part, np.arange(len(LABELS))) for part in parts)
+
+
+@pytest.mark.parametrize("name", DEALT)
 def test_a_class_without_samples_is_no_obstacle(name: str) -> None:
     labels = np.where(LABELS == 3, 4, LABELS)
     parts = deal(name, labels=labels)

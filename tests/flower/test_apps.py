@@ -19,7 +19,7 @@ from cdfkd_strategy.checkpoint import write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.flower.apps import from_run_config, make_client_app, make_server_app, serve
-from cdfkd_strategy.flower.simulation import backend
+from cdfkd_strategy.flower.simulation import backend, simulate
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import read_summary
 from tests.flower.memory_grid import Killed, MemoryGrid, project_grid, tiny_config
@@ -49,6 +49,16 @@ def test_a_run_writes_its_directory(tmp_path: Path) -> None:
         assert record["bytes"]["up"] > 0
         assert record["seconds"]["distill"] > 0
     assert load_student(tmp_path / "run").student.heads == 3
+
+
+@pytest.mark.parametrize("changes", [{"student": {"heads": "one"}}, {"student": {"heads": "plain"}}, {"student": {"stages": 1}}, {"clients": {"init": "own"}}])
+def test_settings_without_a_meaning_between_server_and_clients_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    (section,) = changes
+    config = tiny_config(**changes)
+    with pytest.raises(ConfigError, match=rf"{section}\.\w+ is \S+; accepted with Flower: "):
+        serve(project_grid(config), config, tmp_path / "run", resume=False)
+    with pytest.raises(ConfigError, match="accepted with Flower"):
+        simulate(config, tmp_path / "run")
 
 
 def test_two_runs_of_one_seed_have_the_same_accuracies_and_another_seed_has_not(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from cdfkd_strategy.models.classifiers import ARCHITECTURES, build_classifier, f
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.types import ImageSpec
 
-SMALL = ("small_cnn", "small_cnn_gn", "lenet", "lenet_bn", "resnet8", "wrn16_1")
+SMALL = ("small_cnn", "small_cnn_gn", "lenet", "lenet_bn", "lenet_half", "lenet_half_bn", "resnet8", "wrn16_1")
 
 
 def count(model: nn.Module) -> int:
@@ -40,6 +40,14 @@ def test_parameters_and_batch_norm_layers_are_those_of_the_authors_teachers(name
 @pytest.mark.parametrize(("channels", "px", "parameters"), [(1, 28, 61_706), (3, 32, 62_006)])
 def test_lenet_is_the_classical_net_at_28_and_32_pixels(channels, px, parameters):
     assert count(build_classifier("lenet", ImageSpec(channels, px, px, 10))) == parameters
+
+
+def test_half_lenet_has_half_of_every_width():
+    # conv 3 of 5x5 on 1, conv 8 of 5x5 on 3, fc 200-60, 60-42, 42-10, each with its bias
+    parameters = (25 + 1) * 3 + (75 + 1) * 8 + (200 + 1) * 60 + (60 + 1) * 42 + (42 + 1) * 10
+    assert parameters == 15_738
+    assert count(build_classifier("lenet_half", ImageSpec(1, 28, 28, 10))) == parameters
+    assert count(build_classifier("lenet_half_bn", ImageSpec(1, 28, 28, 10))) == parameters + 2 * (3 + 8 + 60 + 42)
 
 
 @pytest.mark.parametrize("name", SMALL)

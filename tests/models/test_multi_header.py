@@ -266,6 +266,22 @@ def test_observing_gives_the_same_bits_and_the_trunks_maps(heads, max_width):
         assert {here.dtype for here in student.observe(x)[1]} == {torch.float32}
 
 
+def test_headers_may_see_the_deepest_stages_only():
+    """With one stage there is one encoder per header, c_S -> c_S, and the trunk is the whole one."""
+    built = []
+    for stages in (4, 1):
+        with seeded_scope("stages"):
+            built.append(MultiHeaderStudent("resnet8", 2, TINY, stages=stages))
+    every, last = built
+    assert [len(header.encoders) for header in every.headers] == [3, 3]
+    assert [len(header.encoders) for header in last.headers] == [1, 1]
+    assert torch.equal(last.trunk(torch.ones(2, 1, 8, 8))[0], every.trunk(torch.ones(2, 1, 8, 8))[-1])
+    assert (last.widths, every.widths) == ((64,), (16, 32, 64))
+    assert last.spec.build().state_dict().keys() == last.state_dict().keys() != every.state_dict().keys()
+    with pytest.raises(ConfigError, match="see 0 stages"):
+        MultiHeaderStudent("resnet8", 2, TINY, stages=0)
+
+
 def test_a_student_without_maps_is_a_clear_error():
     student = MultiHeaderStudent("small_cnn", 1, TINY)
     assert with_maps(student) is student

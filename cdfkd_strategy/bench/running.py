@@ -1,0 +1,148 @@
+"""Run a bench: teachers once per cell and seed, then every row on them, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cdfkd_strategy.bench.config import BenchConfig, BenchRun
+from cdfkd_strategy.bench.record import BenchRecord, measure, read_done, store
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.errors import CDFKDError, CheckpointError
+from cdfkd_strategy.offline import FIXED, distill_directory, plan_for, write_teachers
+from cdfkd_strategy.run_config import RunConfig, from_values
+from cdfkd_strategy.summary import FILE_NAME, check_same_config, read_summary
+from cdfkd_strategy.teacher_directory import INDEX, load_teachers
+
+logger = logging.getLogger(__name__)
+
+TEACHERS = "teachers"
+MAY_DIFFER = ("data.path", "clients.device", "clients.num_cpus")
+"""Settings of data and clients that say where, and not what."""
+
+Start = Callable[[BenchRun, Path, Path], None]
+"""Runs one row: the run, its teacher directory, its run directory."""
+
+
+def run_bench(
+    bench: BenchConfig, out: Path, *, teachers: Path | None = None, start: Start | None = None, on_done: Callable[[list[dict[str, Any]]], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run what is not done yet, and give the summaries of all runs.
+
+    A row that fails is a result; the others go on. Fresh processes are started ("spawn"): a script that calls this needs the
+    usual ``if __name__ == "__main__":`` guard.
+
+    Args:
+        bench: what to run.
+        out: directory of the bench; what is in it of an earlier start is kept.
+        teachers: directory of teacher directories; None is one inside ``out``.
+        start: how a row is run; None is `in_own_process`.
+        on_done: called with all summaries so far after every run.
+
+    Returns:
+        In the order of ``bench.runs``.
+
+    Raises:
+        CheckpointError: runs or teachers that are there are of another configuration.
+        CDFKDError: teachers cannot be trained.
+    """
+    homes = teachers or out / TEACHERS
+    for run in bench.runs:
+        _check_run(run, out / run.path)
+    for name, run in {run.teachers: run for run in bench.runs}.items():
+        _check_teachers(run, homes / name)
+    done: list[dict[str, Any]] = []
+    for number, run in enumerate(bench.runs, 1):
+        directory = out / run.path
+        summary = read_done(directory, run)
+        if summary is None:
+            home = _teachers(run.config, homes / run.teachers)
+            logger.info("== %d of %d: %s in %s, seed %d", number, len(bench.runs), run.row, run.cell, run.seed)
+            (start or in_own_process)(run, home, directory)
+            summary = read_summary(directory)
+        done.append(summary)
+        if on_done is not None:
+            on_done(done)
+    return done
+
+
+def _teachers(config: RunConfig, home: Path) -> Path:
+    """A directory of teachers, trained if it is not there; one without an index was not finished, and is written anew."""
+    if not (home / INDEX).exists():
+        logger.info("training the teachers %s", home.name)
+        write_teachers(config, home)
+    return home
+
+
+def _check_run(run: BenchRun, directory: Path) -> None:
+    """A run directory of an earlier start must be of this configuration.
+
+    Raises:
+        CheckpointError: it is of another.
+    """
+    if not (directory / FILE_NAME).exists():
+        return
+    try:
+        check_same_config(read_summary(directory)["config"], run.config)
+    except CheckpointError as error:
+        what = str(error).partition(";")[0]
+        raise CheckpointError(f"row {run.row!r} in cell {run.cell!r}: {what}; give a changed row another name, or remove {directory}") from error
+
+
+def _check_teachers(run: BenchRun, home: Path) -> None:
+    """Teachers that are there must be those that this run would train.
+
+    Raises:
+        CheckpointError: they were made with other data, clients, or seed.
+    """
+    if not (home / INDEX).exists():
+        return
+    made = from_values(load_teachers(home).config)
+    mine, theirs = to_dict(run.config), to_dict(made)
+    different = [(f"{part}.{key}", theirs[part][key], value) for part in FIXED for key, value in mine[part].items() if theirs[part][key] != value]
+    different += [("seed", made.seed, run.seed)] if made.seed != run.seed else []
+    for key, there, here in different:
+        if key not in MAY_DIFFER:
+            raise CheckpointError(f"the teachers in {home} were made with {key}={there!r}, not {here!r}; name another directory for teachers")
+
+
+def in_this_process(run: BenchRun, home: Path, directory: Path) -> None:
+    """Distil and measure; whatever goes wrong in it becomes the run's record."""
+    hashes: tuple[str, ...] = ()
+    try:
+        teachers = load_teachers(home)
+        hashes = tuple(spec.sha256 for spec in teachers.specs)
+        done = distill_directory(plan_for(run.config, teachers), directory, resume=True)
+        record = measure(run, done, hashes)
+    except Exception as error:  # a method of anybody's: what it raises is a result, and the bench goes on
+        logger.warning("%s in %s, seed %d failed: %s", run.row, run.cell, run.seed, error, exc_info=not isinstance(error, CDFKDError))
+        words = str(error) if isinstance(error, CDFKDError) else f"{type(error).__name__}: {error}"
+        record = BenchRecord(run.row, run.config.method_config()[0], hashes, error=words)
+    store(directory, run, record)
+
+
+def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
+    """`in_this_process` in a process of its own, so that peak memory is this run's alone; if it dies, that is the record."""
+    what = (run.cell, run.row, run.seed, to_dict(run.config), str(home), str(directory))
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=what, daemon=True)
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    if process.exitcode != 0:
+        words = f"its process died with exit code {process.exitcode}; memory may have run out"
+        logger.warning("%s in %s, seed %d: %s", run.row, run.cell, run.seed, words)
+        store(directory, run, BenchRecord(run.row, run.config.method_config()[0], error=words, died=True))
+
+
+def _child(cell: str, row: str, seed: int, values: dict[str, Any], home: str, directory: str) -> None:
+    log = logging.getLogger("cdfkd_strategy")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    in_this_process(BenchRun(cell, row, seed, from_values(values)), Path(home), Path(directory))

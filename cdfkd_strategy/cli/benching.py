@@ -1,0 +1,47 @@
+"""``cdfkd bench``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from cdfkd_strategy.bench.config import resolve_bench
+from cdfkd_strategy.bench.running import run_bench
+from cdfkd_strategy.bench.table import entries, markdown_table, write_tables
+from cdfkd_strategy.cli.running import check_out
+from cdfkd_strategy.errors import MissingExtraError
+from cdfkd_strategy.report import collect, find_results
+
+logger = logging.getLogger(__name__)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Run a bench, and write its table after every run."""
+    only = [f"only=[{args.only}]"] if args.only else []
+    found = resolve_bench(args.config, [*args.overrides, *only])
+    out = check_out(args.out, resume=args.resume)
+
+    def on_done(summaries: list[dict[str, Any]]) -> None:
+        write_tables(out, summaries, picture=False)
+
+    summaries = run_bench(found, out, teachers=Path(args.teachers).resolve() if args.teachers else None, on_done=on_done)
+    print(markdown_table(entries(summaries)))
+    _write(out, summaries)
+    if args.keep:
+        results = Path(args.keep)
+        for run in found.runs:
+            collect(out / run.path, results)
+        _write(results / found.study, [item for item in find_results(results / found.study) if item["study"] == found.study])
+
+
+def _write(directory: Path, summaries: list[dict[str, Any]]) -> None:
+    """Table and picture, and where they are."""
+    try:
+        written = write_tables(directory, summaries)
+    except MissingExtraError as error:
+        logger.info("no picture: %s", error)
+        written = write_tables(directory, summaries, picture=False)
+    for path in written:
+        print(f"written:  {path}")

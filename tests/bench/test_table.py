@@ -1,0 +1,115 @@
+"""The table of a bench: numbers from summaries, means over seeds, failures, and teachers that are the same."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdfkd_strategy.bench.record import BenchRecord
+from cdfkd_strategy.bench.table import COLUMNS, csv_table, entries, markdown_table, write_tables
+from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.errors import CDFKDError, MissingExtraError
+from cdfkd_strategy.report import collect, find_results, markdown_report, with_tables
+from cdfkd_strategy.run_config import from_values
+from cdfkd_strategy.summary import SummaryWriter, read_summary
+
+REQUIRED = (
+    "cell,method,seed,teacher,ensemble_uniform,ensemble_oracle,accuracy_last,accuracy_best,agreement,seconds,student_steps,generator_steps,"
+    "peak_memory_mb,bytes_up,bytes_down"
+)
+
+
+def run(directory: Path, row: str, seed: int, merged: float, **record: Any) -> Path:
+    writer = SummaryWriter(directory, from_values({"study": "s", "cell": "c", "seed": seed}))
+    if "error" not in record:
+        accuracy = {"teachers": [0.8, 0.9], "ensemble_uniform": 0.91, "ensemble_estimated": 0.92, "ensemble_oracle": 0.93, "student_merged": merged}
+        writer.round(1, accuracy, seconds={"distill": 99.0}, peak_memory_mb=300.0 + seed, runtime={"device": "cpu"})
+        writer.finish("schedule")
+        more = {"agreement": 0.7, "accuracy_best": 0.88, "best_epoch": 3, "class_entropy": 2.25, "bytes_up": 10, "bytes_down": 20}
+        record = {"seconds": 12.0 + seed, "student_steps": 50, "generator_steps": 10, "curve": ((1.0, 0.2), (2.0, merged)), **more, **record}
+    writer.add_bench(to_dict(BenchRecord(row, "rdskd", **{"teachers": (f"{seed}a", f"{seed}b"), **record})))
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for seed, merged in ((0, 0.85), (1, 0.87)):
+        run(tmp_path / f"x{seed}", "good", seed, merged)
+    run(tmp_path / "y0", "half", 0, 0.5)
+    run(tmp_path / "y1", "half", 1, 0.0, error="it became NaN\nand more")
+    return tmp_path
+
+
+def test_the_csv_has_a_row_per_run_and_fractions(runs: Path) -> None:
+    assert ",".join(COLUMNS).startswith(REQUIRED)
+    rows = list(csv.DictReader(io.StringIO(csv_table(entries(find_results(runs))))))
+    assert [(row["cell"], row["method"], row["seed"]) for row in rows] == [("c", "good", "0"), ("c", "good", "1"), ("c", "half", "0"), ("c", "half", "1")]
+    first = rows[0]
+    assert [float(first[name]) for name in ("teacher", "ensemble_uniform", "ensemble_oracle", "accuracy_last", "accuracy_best")] == [
+        0.85,
+        0.91,
+        0.93,
+        0.85,
+        0.88,
+    ]
+    assert float(first["gap"]) == pytest.approx(0.92 - 0.85)
+    assert [first[name] for name in ("seconds", "student_steps", "generator_steps", "peak_memory_mb")] == ["12.0", "50", "10", "300.0"]
+    assert [first[name] for name in ("bytes_up", "bytes_down", "best_epoch", "registered_as", "teachers_sha256")] == ["10", "20", "3", "rdskd", "0a 0b"]
+    assert rows[3]["error"] == "it became NaN\nand more"
+    assert rows[3]["accuracy_last"] == rows[3]["teacher"] == rows[3]["seconds"] == ""
+
+
+def test_markdown_has_means_over_seeds_and_says_what_failed(runs: Path) -> None:
+    text = markdown_table(entries(find_results(runs)))
+    cells = {line.split("|")[2].strip(): [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| c ")}
+    deviation = statistics.stdev([85.0, 87.0])
+    assert cells["good"][2:6] == ["2", "85.00 ± 0.00", "92.00 ± 0.00", f"**86.00 ± {deviation:.2f}**"]
+    assert cells["good"][6:9] == [f"6.00 ± {deviation:.2f}", "70.00 ± 0.00", "88.00 ± 0.00"]
+    assert cells["good"][9:] == ["12", "50", "10", "300", "2.25"]
+    assert cells["half"][2:6] == ["1 of 2", "85.00", "92.00", "**50.00**"]
+    assert "best epoch (selected on test)" in text
+    assert "- half in c, seed 1: it became NaN and more" in text
+    assert "Failed" not in markdown_table(entries(find_results(runs / "x0")))
+
+
+def test_rows_on_other_teachers_are_not_compared(runs: Path) -> None:
+    run(runs / "z", "other", 1, 0.9, teachers=("1a", "2b"))
+    with pytest.raises(CDFKDError, match=r"rows of s/c, seed 1, were not made on the same teachers"):
+        entries(find_results(runs))
+
+
+def test_results_are_kept_by_cell_and_row_and_reported_like_the_others(runs: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    targets = [collect(path.parent, kept) for path in sorted(runs.glob("[xy]*/summary.json"))]
+    assert [str(path.parent.relative_to(kept)) for path in targets] == ["s/c/good-seed0", "s/c/good-seed1", "s/c/half-seed0", "s/c/half-seed1"]
+    assert read_summary(kept / "s/c/half-seed1")["bench"]["error"].startswith("it became")
+    table = markdown_table(entries(find_results(kept)))
+    assert table in markdown_report(find_results(kept))
+    assert table in with_tables("<!-- results: s -->\n<!-- end of results -->\n", find_results(kept))
+
+
+def test_files_are_written_with_and_without_matplotlib(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = write_tables(tmp_path / "out", find_results(runs))
+    assert [path.name for path in written] == ["table.csv", "table.md", "accuracy_seconds.png"]
+    assert written[2].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path.name for path in write_tables(tmp_path / "text", find_results(runs), picture=False)] == ["table.csv", "table.md"]
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError):
+        write_tables(tmp_path / "less", find_results(runs))
+    assert (tmp_path / "less" / "table.csv").read_bytes() == written[0].read_bytes()
+
+
+def test_the_picture_has_a_line_per_run_that_ends_at_its_last_epoch(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[list[float], list[float], str | None]] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **how: (drawn.append((list(x), list(y), how.get("label"))), plot(self, x, y, **how))[1])
+    write_tables(tmp_path / "out", find_results(runs))
+    assert [item for item in drawn if len(item[0]) == 2] == [([1.0, 2.0], [20.0, 100 * last], None) for last in (0.85, 0.87, 0.5)]
+    assert [item for item in drawn if len(item[0]) == 1] == [([2.0], [85.0], "good"), ([2.0], [87.0], None), ([2.0], [50.0], "half")]
