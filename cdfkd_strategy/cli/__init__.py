@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from cdfkd_strategy import __version__
 from cdfkd_strategy.errors import CDFKDError
@@ -82,7 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", metavar="ROWS", help="rows to run, separated by commas; default: all")
     bench.add_argument("--keep", metavar="RESULTS", help="also copy the summaries to RESULTS/<study>, and write the table there")
     bench.set_defaults(command="benching:bench")
+    _add_showing(commands)
+    return parser
 
+
+def _add_showing(commands: Any) -> None:
+    """The commands that compute nothing."""
     methods = commands.add_parser("methods", help="list the distillation methods, what they need and what clients disclose")
     methods.set_defaults(command="showing:methods")
 
@@ -96,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--keep", metavar="RESULTS", help="also copy the summary of a finished run to RESULTS/<study>/<cell>-seed<n>")
     report.add_argument("--readme", metavar="FILE", help="also rewrite the result tables between the markers of this Markdown file")
     report.set_defaults(command="showing:report")
-    return parser
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:
