@@ -21,7 +21,7 @@ LEVELS = {
     "teachers": 2, "teacher_forms": 2, "teacher_draw": 2,
     "competence": 2, "local_training": 2, "metrics": 2, "teacher_directory": 2, "student_io": 2, "single_header": 2,
     "averaging": 2, "warm_start": 2,
-    "distiller": 3,
+    "distiller": 3, "pool_distillation": 3,
     "methods": 4, "collapse": 4,
     "engine": 5, "engine_config": 5,
     "run_config": 6, "harness": 6, "summary": 6, "offline": 6, "pictures": 6, "report": 6,

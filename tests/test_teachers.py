@@ -96,6 +96,8 @@ def test_observe_equals_a_layer_by_layer_computation(images: torch.Tensor) -> No
     assert torch.equal(outputs.logits[0], logits)
     assert outputs.bn[0] is not None
     assert torch.allclose(outputs.bn[0], torch.stack(expected), rtol=1e-5)
+    assert [shift.shape for shift in outputs.shifts[0]] == [(2, norm.num_features) for norm in norms]
+    assert torch.allclose(outputs.shifts[0][-1], torch.stack([mean - norm.running_mean, variance - norm.running_var]), atol=1e-5)  # type: ignore[operator]
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     assert outputs.features[0] is not None
     assert torch.allclose(linear(outputs.features[0]), logits)
@@ -105,6 +107,7 @@ def test_observe_leaves_no_hooks_and_can_skip_the_statistics(images: torch.Tenso
     teachers = ensemble("small_cnn", "small_cnn_gn")
     outputs = teachers.observe(images, bn=False)
     assert outputs.bn == (None, None)
+    assert outputs.shifts == ((), ())
     assert teachers.observe(images).bn[1] is None
     assert teachers.has_batch_norm == (True, False)
     assert teachers.has_features == (True, True)

@@ -80,6 +80,10 @@ class TransferPool:
         rows = [function(self.at(positions)).detach().float().cpu() for positions in torch.arange(len(self)).split(batch_size)]
         self._logits = torch.cat(rows) if rows else None
 
+    def unlabel(self) -> None:
+        """Forget what is beside the images: more images are coming."""
+        self._logits = None
+
     def _append(self, pixels: Tensor, rows: Tensor | None) -> None:
         """Fill up to the capacity, then overwrite from the oldest; at most ``capacity`` rows come."""
         free = self.capacity - len(self)

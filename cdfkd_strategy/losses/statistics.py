@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,27 @@ def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
         norm: a BatchNorm2d with running statistics.
         inputs: its input ``[B, channels, H, W]``.
     """
+    return shift_distance(batch_norm_shift(norm, inputs))
+
+
+def batch_norm_shift(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """What a batch has more than one layer's training data ``[2, channels]``: of the mean, and of the biased variance.
+
+    Args:
+        norm: a BatchNorm2d with running statistics.
+        inputs: its input ``[B, channels, H, W]``; half precision is raised to float32.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     with in_full(inputs):
         variance, shift = _moments_about(full(inputs), norm.running_mean)
-    return torch.linalg.vector_norm(shift) + torch.linalg.vector_norm(variance - norm.running_var)
+        return torch.stack([shift, variance - norm.running_var])
+
+
+def shift_distance(shift: Tensor) -> Tensor:
+    """``||shift of the mean||_2 + ||shift of the variance||_2`` for ``[2, channels]``, a scalar."""
+    norms: Tensor = torch.linalg.vector_norm(shift, dim=1)
+    return norms.sum()
 
 
 def _moments_about(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,3 +74,46 @@ def batch_norm_loss(bn: Sequence[Tensor | None], first_layer_weight: float = 5.0
     if not terms:
         raise NeedsError("a BatchNorm loss for teachers without BatchNorm; set its weight to 0 or choose other teachers")
     return torch.stack(terms).mean()
+
+
+class AveragedStatistics:
+    """Distances for the average over many batches, of which the present one is the last (FastDFKD, arXiv:2112.06253, its code).
+
+    With a batch's shift d from the running statistics, and a the average of earlier ones, a layer's distance is that of
+    ``(1 - m) d + m a``: a batch need not look like the whole training set, if it completes the ones before it. It is linear in
+    means and variances, so that averaging shifts is averaging statistics. Gradients flow to d, and shrink to ``1 - m``.
+
+    Args:
+        momentum: m; 0 is the plain distance.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self._average: Tensor | None = None
+
+    def distances(self, shifts: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+        """Per teacher the layers' distances ``[L_k]``, or None without layers, as `batch_norm_loss` takes them.
+
+        Args:
+            shifts: per teacher and layer, ``[2, channels]`` (`TeacherOutputs.shifts`).
+        """
+        layers = [shift for teacher in shifts for shift in teacher]
+        if self._average is not None:
+            averages = self._average.to(layers[0].device).split([shift.shape[1] for shift in layers], dim=1)
+            layers = [(1 - self.momentum) * shift + self.momentum * average for shift, average in zip(layers, averages, strict=True)]
+        distances = iter([shift_distance(shift) for shift in layers])
+        return [torch.stack([next(distances) for _ in teacher]) if teacher else None for teacher in shifts]
+
+    @torch.no_grad()
+    def add(self, shifts: Sequence[Sequence[Tensor]]) -> None:
+        """Let a batch become part of the average; the first one is the average."""
+        latest = torch.cat([shift for teacher in shifts for shift in teacher], dim=1)
+        self._average = latest if self._average is None else (1 - self.momentum) * latest + self.momentum * self._average.to(latest.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, if there is one yet."""
+        return {} if self._average is None else {"average": self._average.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        self._average = state["average"].clone() if "average" in state else None

@@ -13,6 +13,12 @@ Paper: https://arxiv.org/abs/1912.08795
 TV is the L2 total variation in four directions, R_BN the distance of the batch from the statistics that the BatchNorm
 layers remember. One epoch of stage (a) is one round; the epochs of stage (b) follow.
 
+Adaptive DeepInversion (``adaptive_weight`` a_c above 0, ``blocks`` above 1) adds a_c (1 - JS(T(x), S(x))) to the images'
+loss, so that they show what the student does not know yet. Rounds and epochs are divided into ``blocks``, each of them (a)
+then (b), and the student of one block is the opponent of the images of the next. *Reconstruction*: the alternation (the
+authors' code has the term, but trains no student) and the weight for small images. The images of the first block have no
+opponent, because an untrained student disagrees about everything. ``blocks`` without a weight is the ablation.
+
 Two settings come from the authors: ``mode="paper"`` is what their CIFAR instructions call the parameters of the paper
 (rate 0.05, a_tv 2.5e-5), ``mode="code"`` what the same page recommends for better images, and what CDFKD-MFS's authors
 run as a baseline (rate 0.1, a_tv 1e-3). Both: a_bn 10, a_l2 0, 2000 steps, 256 images, jitter 2.
@@ -27,7 +33,9 @@ Deviations:
 - The pool holds 8-bit pixels: values outside [0, 1] are clipped. Images keep their normalisation, so that the teachers'
   statistics hold in stage (b) too (a known re-implementation stretches every batch to the full range instead).
 - Stage (b) is that of CDFKD-MFS's baseline without its crops and flips, which are not right for every kind of image.
-- Not here: adaptive DeepInversion (the term against the student), and the two-resolution schedule for 128 px and more.
+- JS is the Jensen-Shannon divergence of the paper, at the code's temperature 3, and the mean over headers (or between the
+  single header and the fused ensemble); the authors' code has another quantity there (`losses.competition`).
+- Not here: the two-resolution schedule for 128 px and more.
 
 A client must disclose its weights, including BatchNorm running statistics.
 """
@@ -44,11 +52,12 @@ from torch.nn import functional as F
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
-from cdfkd_strategy.losses.divergence import kl_divergence
+from cdfkd_strategy.losses.competition import competition_loss
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.losses.image_prior import image_norm, jitter, total_variation
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.modes import evaluating
+from cdfkd_strategy.pool_distillation import PoolDistillation
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -56,9 +65,6 @@ from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 PRESETS: dict[str, tuple[float, float]] = {"code": (0.1, 1e-3), "paper": (0.05, 2.5e-5)}
 """Per mode: the images' learning rate, and the weight of the total variation."""
-
-MAX_LABEL_BYTES = 2**28
-"""What the teachers say of the pool is kept if it takes no more than this; 50,000 images of 100 classes and 10 headers take 200 MB."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,9 @@ class DeepInversionConfig:
         bn_weight: a_bn.
         first_layer_weight: rho_1, the weight of the first BatchNorm layer.
         jitter: pixels by which the batch is rolled at most, either way.
+        adaptive_weight: a_c; 0 is DeepInversion. The authors' ImageNet setting is 0.2.
+        adaptive_temperature: of both networks in JS.
+        blocks: how often (a) and (b) alternate; divides ``rounds`` and ``epochs``, and is at least 2 if ``adaptive_weight`` is above 0.
         pool_size: images in the pool; beyond, the oldest leave it.
         epochs: epochs of stage (b).
         iterations: student steps per epoch; 391 of 128 images are one pass over 50,000.
@@ -97,6 +106,9 @@ class DeepInversionConfig:
     bn_weight: float = 10.0
     first_layer_weight: float = 1.0
     jitter: int = 2
+    adaptive_weight: float = 0.0
+    adaptive_temperature: float = 3.0
+    blocks: int = 1
     pool_size: int = 50_000
     epochs: int = 200
     iterations: int = 391
@@ -116,8 +128,16 @@ class DeepInversionConfig:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 2 (BatchNorm needs two images)")
         if self.jitter < 0:
             raise ConfigError(f"method.jitter is {self.jitter}; accepted: 0 or more pixels")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        for name in ("temperature", "adaptive_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
+        if self.blocks < 1 or self.rounds % self.blocks or self.epochs % self.blocks:
+            raise ConfigError(f"method.blocks is {self.blocks}; accepted: a divisor of method.rounds ({self.rounds}) and of method.epochs ({self.epochs})")
+        if self.adaptive_weight < 0 or (self.adaptive_weight > 0 and self.blocks == 1):
+            raise ConfigError(
+                f"method.adaptive_weight is {self.adaptive_weight} with method.blocks={self.blocks}; accepted: 0, "
+                "or more with at least 2 blocks (the images of the first have no student to compete with)"
+            )
 
     @property
     def resolved_image_lr(self) -> float:
@@ -170,6 +190,17 @@ class DeepInversion(Distiller):
         super().__init__(teachers, student, config, image=image, rng=rng, runtime=runtime)
         self.pool = TransferPool(config.pool_size, image)
         self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.competing = False
+        self.distillation = PoolDistillation(
+            self.pool,
+            teachers,
+            student,
+            self.student_optimizer,
+            batch_size=config.batch_size,
+            temperature=config.temperature,
+            rng=self.rng,
+            runtime=runtime,
+        )
 
     @property
     def num_epochs(self) -> int:
@@ -178,17 +209,17 @@ class DeepInversion(Distiller):
 
     def run_epoch(self, epoch: int) -> Metrics:
         """One round of image optimisation (stage a), or ``iterations`` student steps (stage b)."""
-        if epoch < self.config.rounds:
-            return self._invert(epoch)
-        factor = multistep(epoch - self.config.rounds, self.config.student_milestones)
-        set_rate(self.student_optimizer, self.config.student_lr * factor)
-        if epoch == self.config.rounds:
-            self._label_pool()
-        self.student.train()
-        total = torch.zeros((), device=self.runtime.device)
-        for _ in range(self.config.iterations):
-            total += self._student_step()
-        return {"student/kl": float(total / self.config.iterations)}  # the epoch's only host sync
+        config = self.config
+        rounds, epochs = config.rounds // config.blocks, config.epochs // config.blocks
+        block, place = divmod(epoch, rounds + epochs)
+        if place < rounds:
+            self.competing = config.adaptive_weight > 0 and block > 0
+            return self._invert(block * rounds + place)
+        student_epoch = block * epochs + place - rounds
+        set_rate(self.student_optimizer, config.student_lr * multistep(student_epoch, config.student_milestones))
+        if place == rounds:
+            self.distillation.ask_teachers()
+        return {"student/kl": self.distillation.epoch(config.iterations)}
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor | None:
         """Images of the pool, or None while it is empty."""
@@ -205,16 +236,23 @@ class DeepInversion(Distiller):
         teachers = self.teachers.observe(images)
         # nll[k, b] weighted by w[k, y_b]: columns of w sum to 1, so uniform weights give the plain mean over teachers
         nll = -F.log_softmax(teachers.logits.float(), dim=-1).gather(-1, labels.expand(len(self.teachers), -1).unsqueeze(-1)).squeeze(-1)
-        return {
+        terms = {
             "images/cross_entropy": (self.teachers.weights[:, labels] * nll).sum(0).mean(),
             "images/total_variation": config.resolved_tv_weight * total_variation(images),
             "images/l2": config.l2_weight * image_norm(images),
             "images/bn": config.bn_weight * batch_norm_loss(teachers.bn, config.first_layer_weight),
         }
+        return {**terms, "images/competition": config.adaptive_weight * self._competition(images, teachers.logits)} if self.competing else terms
 
-    def _invert(self, epoch: int) -> Metrics:
+    def _competition(self, images: Tensor, teachers: Tensor) -> Tensor:
+        """``1 - JS`` between the student, in eval mode, and teachers that said ``[K, B, C]`` of the images."""
+        with self.runtime.autocast(), evaluating(self.student):
+            student = self.student(images).logits
+        return competition_loss(student, head_targets(teachers, self.teachers.weights, len(student)), self.config.adaptive_temperature)
+
+    def _invert(self, round_: int) -> Metrics:
         """Optimise one batch of images and add the best ones to the pool; the metrics are those of the best step."""
-        labels = self.labels(epoch)
+        labels = self.labels(round_)
         images = self.runtime.images(self.runtime.normal(self.config.image_batch, *self.image.shape, rng=self.rng)).requires_grad_()
         optimizer = torch.optim.Adam([images], lr=self.config.resolved_image_lr)
         best_images, best = images.detach().clone(), torch.full((), torch.inf, device=images.device)
@@ -229,30 +267,6 @@ class DeepInversion(Distiller):
             best_terms = {name: torch.where(better, value.detach(), best_terms.get(name, value.detach())) for name, value in terms.items()}
             (images.grad,) = torch.autograd.grad(total, images)
             optimizer.step()
+        self.pool.unlabel()
         self.pool.add(best_images)
         return dict(zip(best_terms, torch.stack(list(best_terms.values())).tolist(), strict=True))
-
-    @torch.no_grad()
-    def _targets(self, images: Tensor, heads: int) -> Tensor:
-        """What the student's headers should say of images ``[B, channels, H, W]``: ``[heads, B, C]``."""
-        return head_targets(self.teachers(self.runtime.images(images)), self.teachers.weights, heads)
-
-    def _label_pool(self) -> None:
-        """Ask the teachers once for every image of the pool, unless the answers take too much memory."""
-        with evaluating(self.student), torch.no_grad():
-            heads = len(self.student(self.runtime.images(self.pool.at(torch.zeros(2, dtype=torch.long)))).logits)
-        if len(self.pool) * heads * self.image.num_classes * 4 <= MAX_LABEL_BYTES:
-            self.pool.label(lambda images: self._targets(images, heads).transpose(0, 1), self.config.batch_size)
-
-    def _student_step(self) -> Tensor:
-        positions = self.pool.choose(self.config.batch_size, self.rng)
-        images = self.pool.at(positions)
-        with self.runtime.autocast():
-            student = self.student(self.runtime.images(images)).logits
-        known = self.pool.logits
-        target = self._targets(images, len(student)) if known is None else known[positions].transpose(0, 1).to(student.device)
-        loss = kl_divergence(student, target, self.config.temperature)
-        self.student_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.student_optimizer.step()
-        return loss.detach()

@@ -32,8 +32,8 @@ class GeneratorConfig:
         width: multiplies every hidden width; 1.0 is the paper's generator.
         final_norm: standardise the images over the batch after the tanh (BatchNorm without affine parameters); None
             does as the paper: yes at 32 px and 224 px, no at 128 px.
-        output: "tanh" (CDFKD-MFS), or "affine_norm": no tanh, and the last BatchNorm has a learned scale and shift per
-            channel (ZSKT, arXiv:1905.09768).
+        output: "tanh" (CDFKD-MFS); "affine_norm": no tanh, and the last BatchNorm has a learned scale and shift per
+            channel (ZSKT, arXiv:1905.09768); or "sigmoid": pixels in [0, 1], normalised like real ones (CMI, arXiv:2105.08584).
 
     Raises:
         ConfigError: a value is outside what is accepted.
@@ -42,7 +42,7 @@ class GeneratorConfig:
     latent_dim: int = 256
     width: float = 1.0
     final_norm: bool | None = None
-    output: Literal["tanh", "affine_norm"] = "tanh"
+    output: Literal["tanh", "affine_norm", "sigmoid"] = "tanh"
 
     def __post_init__(self) -> None:
         if self.latent_dim < 1:
@@ -51,6 +51,8 @@ class GeneratorConfig:
             raise ConfigError(f"generator width is {self.width}; accepted: a positive number")
         if self.output == "affine_norm" and self.final_norm is False:
             raise ConfigError("generator output is 'affine_norm' and final_norm is False; accepted: final_norm null or true with it")
+        if self.output == "sigmoid" and self.final_norm:
+            raise ConfigError("generator output is 'sigmoid' and final_norm is True; accepted: final_norm null or false with it")
 
     def channels(self, paper: int) -> int:
         """The paper's number of channels, scaled by ``width``; at least 1."""
@@ -81,6 +83,22 @@ class Generator(nn.Module):
         return full(images)
 
 
+class NormalisedPixels(nn.Module):
+    """A sigmoid gives pixels, which are then normalised like real ones: no value lies outside the range of real images.
+
+    Args:
+        image: mean and standard deviation.
+    """
+
+    def __init__(self, image: ImageSpec) -> None:
+        super().__init__()
+        self.image = image
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, channels, H, W]``, any values, to normalised images."""
+        return self.image.normalise(torch.sigmoid(full(x)))
+
+
 def build_generator(image: ImageSpec, config: GeneratorConfig | None = None, extra_maps: int = 0) -> Generator:
     """The generator of CDFKD-MFS (IEEE TMM 2022, as in the authors' code) for this image size.
 
@@ -103,13 +121,21 @@ def build_generator(image: ImageSpec, config: GeneratorConfig | None = None, ext
             f"no generator for {image.height}x{image.width} px; accepted: both sides multiples of {factor} "
             f"(4 below {LARGE_FROM} px, 16 from there on); resize the images (data.image_size)"
         )
-    affine = config.output == "affine_norm"
-    tail: list[nn.Module] = [] if affine else [nn.Tanh()]
-    if affine or (config.final_norm if config.final_norm is not None else (not large or side > FINAL_NORM_ABOVE)):
-        tail.append(nn.BatchNorm2d(image.channels, affine=affine))
+    tail = _tail(image, config, standardise=not large or side > FINAL_NORM_ABOVE)
     first, layers = (_large_body if large else _small_body)(image.channels, config, extra_maps)
     start = (first, image.height // factor, image.width // factor)
     return Generator(config.latent_dim, start, nn.Sequential(*layers, *tail))
+
+
+def _tail(image: ImageSpec, config: GeneratorConfig, *, standardise: bool) -> list[nn.Module]:
+    """What makes images of the last convolution; ``standardise`` is what the paper does at this size."""
+    if config.output == "sigmoid":
+        return [NormalisedPixels(image)]
+    affine = config.output == "affine_norm"
+    tail: list[nn.Module] = [] if affine else [nn.Tanh()]
+    if affine or (standardise if config.final_norm is None else config.final_norm):
+        tail.append(nn.BatchNorm2d(image.channels, affine=affine))
+    return tail
 
 
 def _small_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cdfkd_strategy.errors import NeedsError
-from cdfkd_strategy.losses.statistics import batch_norm_distance, batch_norm_loss
+from cdfkd_strategy.losses.statistics import AveragedStatistics, batch_norm_distance, batch_norm_loss, batch_norm_shift
 
 
 def test_a_hand_computed_distance() -> None:
@@ -65,3 +65,44 @@ def test_gradcheck_in_double() -> None:
 
 def test_half_precision_is_raised() -> None:
     assert batch_norm_distance(nn.BatchNorm2d(2), torch.ones(2, 2, 1, 1, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_averaged_statistics_are_the_distance_of_averaged_means_and_variances() -> None:
+    """Three rounds of two teachers with two layers and one, in NumPy: averages of means and of variances, not of shifts."""
+    rng = np.random.default_rng(1)
+    norms = [[nn.BatchNorm2d(3), nn.BatchNorm2d(2)], [], [nn.BatchNorm2d(4)]]
+    for norm in (layer for teacher in norms for layer in teacher):
+        norm.running_mean, norm.running_var = torch.tensor(rng.normal(size=norm.num_features)), torch.tensor(rng.uniform(0.5, 2, norm.num_features))
+    averages: dict[nn.BatchNorm2d, tuple[np.ndarray, np.ndarray]] = {}
+    statistics = AveragedStatistics(0.9)
+    for first in (True, False, False):
+        seen = {norm: rng.normal(1.0, 2.0, size=(5, norm.num_features, 3, 3)) for teacher in norms for norm in teacher}
+        shifts = [[batch_norm_shift(norm, torch.tensor(seen[norm])) for norm in teacher] for teacher in norms]
+        found = statistics.distances(shifts)
+        assert found[1] is None
+        for teacher, distances in zip(norms, found, strict=True):
+            expected = []
+            for norm in teacher:
+                rows = seen[norm].transpose(1, 0, 2, 3).reshape(norm.num_features, -1)
+                mean, variance = rows.mean(1), rows.var(1)
+                if not first:
+                    mean, variance = 0.1 * mean + 0.9 * averages[norm][0], 0.1 * variance + 0.9 * averages[norm][1]
+                averages[norm] = (mean, variance)
+                expected.append(np.linalg.norm(mean - norm.running_mean.numpy()) + np.linalg.norm(variance - norm.running_var.numpy()))
+            if distances is not None:
+                np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-6)
+        statistics.add(shifts)
+        other = AveragedStatistics(0.9)
+        other.load_state_dict(statistics.state_dict())
+        statistics = other
+    assert AveragedStatistics(0.9).state_dict() == {}
+
+
+def test_an_average_passes_on_the_share_of_the_gradient_that_the_batch_has_in_it() -> None:
+    shift = torch.tensor([[3.0, 4.0], [0.0, 1.0]], requires_grad=True)
+    statistics = AveragedStatistics(0.75)
+    statistics.add([[shift]])  # the average points the same way, so that only the share is left
+    (distances,) = statistics.distances([[shift]])
+    assert distances is not None
+    (gradient,) = torch.autograd.grad(distances.sum(), shift)
+    torch.testing.assert_close(gradient, 0.25 * torch.tensor([[0.6, 0.8], [0.0, 1.0]]))

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cdfkd_strategy import seeding
+from cdfkd_strategy import pool_distillation, seeding
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
-from cdfkd_strategy.methods import deep_inversion
 from cdfkd_strategy.methods.deep_inversion import DeepInversion, DeepInversionConfig
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
@@ -188,7 +187,7 @@ def test_teachers_are_asked_once_per_image_and_the_student_learns_the_same(count
     assert cached.pool.logits is not None
     assert cached.pool.logits.shape == (len(cached.pool), heads, DIGITS.num_classes)
     assert sum(seen) == len(cached.pool)
-    monkeypatch.setattr(deep_inversion, "MAX_LABEL_BYTES", 0)
+    monkeypatch.setattr(pool_distillation, "MAX_LABEL_BYTES", 0)
     assert [asked.run_epoch(epoch)["student/kl"] for epoch in (2, 3)] == pytest.approx(found, rel=1e-4)
     assert asked.pool.logits is None
     assert len(seen) > 2 * asked.config.iterations
@@ -198,6 +197,67 @@ def test_there_are_no_samples_before_the_first_round() -> None:
     distiller = build()
     assert distiller.sample(4, seeding.generator("look")) is None
     assert distiller.generator is None
+
+
+# -- adaptive DeepInversion ----------------------------------------------------------------------------------------
+
+
+def test_blocks_of_rounds_and_epochs_alternate_and_the_student_of_one_block_is_the_opponent_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = build(rounds=4, epochs=4, blocks=2, adaptive_weight=0.5, image_batch=10, iterations=2, student_milestones=(1, 3), student_lr=0.1)
+    rates: list[float] = []
+    step = distiller.student_optimizer.step
+    monkeypatch.setattr(distiller.student_optimizer, "step", lambda: (rates.append(distiller.student_optimizer.param_groups[0]["lr"]), step())[0])
+    assert distiller.num_epochs == 8
+    expected = [None, None, [0.1] * 2, [0.01] * 2, None, None, [0.01] * 2, [0.001] * 2]
+    stored = [10, 20, 20, 20, 30, 40, 40, 40]
+    for epoch, (rate, size) in enumerate(zip(expected, stored, strict=True)):
+        rates.clear()
+        before = state_hash(distiller.student.state_dict())
+        terms = distiller.run_epoch(epoch)
+        assert len(distiller.pool) == size
+        if rate is None:
+            assert not rates
+            assert state_hash(distiller.student.state_dict()) == before, "the opponent does not move"
+            assert all(parameter.grad is None or epoch > 3 for parameter in distiller.student.parameters())
+            assert ("images/competition" in terms) == (epoch > 3)
+            assert distiller.pool.logits is None
+        else:
+            assert rates == pytest.approx(rate)
+            assert set(terms) == {"student/kl"}
+            assert distiller.pool.logits is not None
+            assert len(distiller.pool.logits) == size
+
+
+@pytest.mark.parametrize("heads", [3, 1])
+def test_the_competition_term_equals_a_plain_reference(heads: int) -> None:
+    weights = torch.rand(3, DIGITS.num_classes, generator=torch.Generator().manual_seed(0))
+    distiller = build(3, heads=heads, teachers=trained_ensemble(3, weights), rounds=2, epochs=2, blocks=2, adaptive_weight=0.7, adaptive_temperature=2.0)
+    distiller.competing = True
+    images = torch.randn(6, *DIGITS.shape, generator=torch.Generator().manual_seed(1))
+    distiller.student.train()
+    found = float(distiller.image_loss(images, torch.arange(6))["images/competition"].detach())
+    assert distiller.student.training
+    targets = [net(images) for net in distiller.teachers.nets]
+    if heads == 1:
+        targets = [sum(share * torch.log(torch.softmax(logits, dim=1)) for share, logits in zip(weights / weights.sum(0), targets, strict=True))]
+    total = 0.0
+    for mine, theirs in zip(distiller.student.eval()(images).logits, targets, strict=True):
+        p, q = torch.softmax(mine / 2, dim=1), torch.softmax(torch.log_softmax(theirs, dim=1) / 2, dim=1)
+        m = (p + q) / 2
+        total += float((p * torch.log(p / m) + q * torch.log(q / m)).detach().sum() / 2 / 6)
+    assert found == pytest.approx(0.7 * (1 - total / heads), rel=1e-4)
+
+
+def test_competition_finds_images_that_the_student_does_not_understand() -> None:
+    found = {}
+    for weight in (0.0, 20.0):
+        distiller = build(rounds=2, epochs=2, blocks=2, adaptive_weight=weight, image_steps=30, image_batch=40, pool_size=40, iterations=30, bn_weight=1.0)
+        for epoch in range(3):
+            distiller.run_epoch(epoch)
+        images = distiller.pool.at(torch.arange(40))
+        said = [logits[0].argmax(-1) for logits in (distiller.student.eval()(images).logits, distiller.teachers(images))]
+        found[weight] = float((said[0] != said[1]).double().mean())
+    assert found[20.0] > found[0.0] + 0.1
 
 
 # -- students and settings -----------------------------------------------------------------------------------------
@@ -227,13 +287,23 @@ def test_the_defaults_are_the_authors_for_cifar() -> None:
     assert config.rounds * config.image_batch >= config.pool_size == 50_000
     paper = DeepInversionConfig(mode="paper")
     assert (paper.resolved_image_lr, paper.resolved_tv_weight) == (0.05, 2.5e-5)
+    assert (config.adaptive_weight, config.blocks) == (0.0, 1)
     own = DeepInversionConfig(mode="paper", image_lr=0.2, tv_weight=0.0)
     assert (own.resolved_image_lr, own.resolved_tv_weight) == (0.2, 0.0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rounds": 0}, "rounds is 0"), ({"image_batch": 1}, "image_batch is 1"), ({"jitter": -1}, "jitter is -1"), ({"temperature": 0.0}, "temperature is 0")],
+    [
+        ({"rounds": 0}, "rounds is 0"),
+        ({"image_batch": 1}, "image_batch is 1"),
+        ({"jitter": -1}, "jitter is -1"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"blocks": 3}, r"blocks is 3; accepted: a divisor of method.rounds \(196\)"),
+        ({"blocks": 0}, "blocks is 0"),
+        ({"adaptive_weight": 0.2}, "at least 2 blocks"),
+        ({"adaptive_weight": -0.2, "blocks": 2}, r"adaptive_weight is -0\.2"),
+    ],
 )
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

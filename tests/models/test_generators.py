@@ -89,6 +89,21 @@ def test_an_affine_norm_replaces_the_tanh(px):
         GeneratorConfig(output="affine_norm", final_norm=False)
 
 
+@pytest.mark.parametrize("px", [8, 64])
+def test_a_sigmoid_gives_pixels_that_are_normalised(px):
+    torch.manual_seed(0)
+    image, sizes = ImageSpec(3, px, px, 10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)), {"latent_dim": 4, "width": 1 / 32}
+    plain = build_generator(image, GeneratorConfig(**sizes, final_norm=False)).double().train()
+    sigmoid = build_generator(image, GeneratorConfig(**sizes, output="sigmoid")).double().train()
+    sigmoid.load_state_dict(plain.state_dict())
+    z = torch.randn(6, 4, dtype=torch.double)
+    pixels = 1 / (1 + torch.exp(-torch.atanh(plain(z))))
+    for channel, (mean, std) in enumerate(zip(image.mean, image.std, strict=True)):
+        torch.testing.assert_close(sigmoid(z)[:, channel], (pixels[:, channel] - mean) / std)
+    with pytest.raises(ConfigError, match=r"sigmoid.*final_norm is True"):
+        GeneratorConfig(output="sigmoid", final_norm=True)
+
+
 @pytest.mark.parametrize(
     ("channels", "height", "width", "final"),
     [(1, 8, 8, True), (1, 28, 28, True), (3, 32, 32, True), (3, 48, 32, True), (3, 64, 64, False), (3, 128, 128, False), (1, 224, 224, True)],
