@@ -1,6 +1,6 @@
 """How long until the student is nearly as good as the ensemble: the product against the plain loop, on the study's cell dir0.5.
 
-    python simulations/benchmarks/time_to_accuracy.py [--seeds 0 1 2] [--plain 150 300 600] [--recipe KEY=VALUE ...] [--name NAME]
+    python simulations/benchmarks/time_to_accuracy.py [--seeds 0 1 2] [--plain [150 300 600]] [--recipe [KEY=VALUE ...]] [--name NAME]
 
 The target is 0.95 times the accuracy of the ensemble with estimated weights. Plain: the loop of `mfs_plain`, five student steps and
 one generator step per iteration, both rates divided by 10 after one and two thirds; the shortest of the given lengths that reaches
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--plain", nargs="*", type=int, default=[150, 300, 600])
-    parser.add_argument("--recipe", nargs="*", default=list(SHORT), help="overrides of the cell's configuration")
+    parser.add_argument("--recipe", nargs="*", default=list(SHORT), help="overrides of the cell's configuration; without any, the product does not run")
     parser.add_argument("--name", default="product", help="of the recipe, in the result")
     args = parser.parse_args()
     config = resolve(CELL)
@@ -74,7 +74,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         return found
 
-    for seed in args.seeds:
+    for seed in args.seeds if args.recipe else []:
         row(args.name, seed, lambda federation: product(federation, args.recipe), recipe=args.recipe, runtime=runtime.to_dict())
     for length in args.plain:
         reached = True
