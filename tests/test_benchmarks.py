@@ -94,7 +94,8 @@ def test_tables_of_speed_come_from_the_results(repository: Path, tmp_path: Path,
     monkeypatch.syspath_prepend(str(repository / "simulations" / "benchmarks"))
     import speed_table
 
-    (tmp_path / "box.json").write_text(json.dumps(RESULT))
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "box.json").write_text(json.dumps(RESULT))
     text = "<!-- speed: box -->\nold\n<!-- end of speed -->\n<!-- speed: other -->\nkept\n<!-- end of speed -->\n"
     found = speed_table.with_tables(text, tmp_path)
     assert "| one | 6.00 s | 2.00 s | **3.0** | 2.50 s | 555 | 11% | 1900 | 1700 |" in found
@@ -104,7 +105,30 @@ def test_tables_of_speed_come_from_the_results(repository: Path, tmp_path: Path,
     assert "old" not in found
     assert "kept" in found
     committed = (repository / "simulations" / "README.md").read_text(encoding="utf-8")
-    assert speed_table.with_tables(committed, repository / "simulations" / "results" / "speed") == committed, "run `make report`"
+    assert speed_table.with_tables(committed, repository / "simulations" / "results") == committed, "run `make report`"
+
+
+def test_other_tables_come_from_their_results(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repository / "simulations" / "benchmarks"))
+    import speed_table
+
+    common = {"hardware": {"cpu": "A CPU", "cores": 2}, "rows": []}
+    row = {"path": "plain 300", "target": 0.77, "commit": "0123456789abc"}
+    rows = [{**row, "seed": seed, "seconds": seconds, "accuracy": found} for seed, seconds, found in ((0, 500.0, 0.78), (1, 520.0, 0.76))]
+    many = {"teachers": 20, "per_step": 5, "iterations": 7, "seconds_per_iteration": 0.612, "accuracy": 0.5, "ensemble_estimated": 0.6, "student_mb": 11.0}
+    many |= {"teachers_and_activations_mb": 100.4, "gradients_and_optimiser_mb": 22.0, "teacher_files_mb": 7.7, "commit": "0123456789abc"}
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "box-time-to-accuracy.json").write_text(json.dumps({**common, "rows": rows}))
+    (tmp_path / "speed" / "box-many-teachers.json").write_text(json.dumps({**common, "rows": [many]}))
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "fast-distillation.csv").write_text(
+        "candidate,student_merged,seconds,commit\nslow,0.70,60.2,0123456789abc\nquick,0.75,50,0123456789abc\nslow,0.72,61.8,0123456789abc\n"
+    )
+    kinds = {"time to accuracy": "box", "many teachers": "box", "recipes": "fast"}
+    found = speed_table.with_tables("".join(f"<!-- {kind}: {name} -->\n<!-- end of {kind} -->\n" for kind, name in kinds.items()), tmp_path)
+    assert "| plain 300 | 0, 1 | 510 ± 14 s | 77.0 ± 1.4 | 77.0 ± 0.0 | 1 of 2 |" in found
+    assert "| 20 | 5 | 7 | 0.61 | 50.0 (ensemble 60.0) | 100 MB | 11 MB | 22 MB | 8 MB |" in found
+    assert found.index("| quick | 1 | 75.0 | 50 |") < found.index("| slow | 2 | 71.0 ± 1.4 | 61 |")
 
 
 def test_time_to_accuracy_stops_at_the_shortest_plain_run_that_suffices_and_repeats_nothing(
