@@ -157,7 +157,7 @@ def test_errors_are_one_clear_line_and_status_2(capsys: pytest.CaptureFixture[st
     (full / "precious.txt").write_text("keep", encoding="utf-8")
     cases = [
         (["run", "digit", "--out", missing], "unknown configuration 'digit'; accepted: digits, "),
-        (["run", "digits", "method.name=best", "--out", missing], "unknown method 'best'; accepted: cdfkd_mfs"),
+        (["run", "digits", "method.name=best", "--out", missing], "unknown method 'best'; accepted: cdfkd, cdfkd_mfs"),
         (["run", "digits", "method.epoch=1", "--out", missing], "unknown key method.epoch; accepted under method: "),
         (["run", "digits", "--out", full], "is not empty; continue that run with --resume, or name another directory"),
         (["run", "digits", "--out", missing, "--resume"], "there is no run directory"),
