@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cdfkd_strategy.errors import ArchitectureError
-from cdfkd_strategy.losses.statistics import batch_norm_distance
+from cdfkd_strategy.losses.statistics import BatchNormDistance, batch_norm_distance
 from cdfkd_strategy.models.classifiers import final_linear
 from cdfkd_strategy.models.head_fusion import class_weights, fuse, weighted
 from cdfkd_strategy.precision import full
@@ -172,28 +172,29 @@ class TeacherEnsemble(nn.Module):
         """Log-probabilities ``[B, C]`` of the weighted ensemble (`fuse` with this ensemble's weights)."""
         return fuse(self(images), self.weights)
 
-    def observe(self, images: Tensor, *, bn: bool = True) -> TeacherOutputs:
+    def observe(self, images: Tensor, *, bn: bool = True, distance: BatchNormDistance = batch_norm_distance) -> TeacherOutputs:
         """Logits, features before the last linear layer, and BatchNorm distances (DeepInversion, arXiv:1912.08795, eq. 4).
 
         Args:
             images: normalised, ``[B, channels, H, W]``.
             bn: compute the distances: the batch statistics of every BatchNorm2d input, in float32. Without them it
                 costs what `forward` costs, and ``bn`` is None for every teacher.
+            distance: of one layer; `losses.statistics` has several.
         """
-        logits, features, distances = zip(*(self._recomputed(self._observe, net, images, bn) for net in self.nets), strict=True)
+        logits, features, distances = zip(*(self._recomputed(self._observe, net, images, bn, distance) for net in self.nets), strict=True)
         return TeacherOutputs(torch.stack(logits), features, distances)
 
     def _logits(self, net: nn.Module, images: Tensor) -> Tensor:
         with self._forms.runtime.autocast():
             return full(self._forms.get(net, observed=False).net(images))
 
-    def _observe(self, original: nn.Module, images: Tensor, bn: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _observe(self, original: nn.Module, images: Tensor, bn: bool, distance: BatchNormDistance) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits ``[B, C]``, features ``[B, D_k]`` and distances ``[L_k]`` of one teacher."""
         net, linear = self._forms.get(original, observed=bn)
         norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats] if bn else []
         layers: list[Tensor] = []
         seen: list[Tensor] = []
-        hooks = [norm.register_forward_pre_hook(lambda module, inputs: layers.append(batch_norm_distance(module, inputs[0]))) for norm in norms]
+        hooks = [norm.register_forward_pre_hook(lambda module, inputs: layers.append(distance(module, inputs[0]))) for norm in norms]
         if linear is not None:
             hooks.append(linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
         try:

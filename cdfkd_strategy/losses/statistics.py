@@ -1,14 +1,17 @@
-"""Distance of a batch from the statistics a BatchNorm layer remembers of its training data (DeepInversion, arXiv:1912.08795)."""
+"""Distance of a batch from the statistics a BatchNorm layer remembers of its data: L2 norms (DeepInversion, arXiv:1912.08795), or KL (DFQ)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy.errors import NeedsError
 from cdfkd_strategy.precision import full, in_full
+
+BatchNormDistance = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+"""From a layer and its input ``[B, channels, H, W]`` to a scalar: `batch_norm_distance` or `batch_norm_kl`."""
 
 
 def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
@@ -26,6 +29,25 @@ def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
     with in_full(inputs):
         variance, shift = _moments_about(full(inputs), norm.running_mean)
     return torch.linalg.vector_norm(shift) + torch.linalg.vector_norm(variance - norm.running_var)
+
+
+def batch_norm_kl(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """``sum_c KL( N(mean_batch, var_batch) || N(running_mean, running_var) )`` of one layer, in nats; half precision is raised to float32.
+
+    DFQ (arXiv:2005.04136): ``((m - mu)^2 + v) / (2 sigma^2) - ln(v / sigma^2) / 2 - 1/2`` for each channel. Both variances get the
+    layer's ``eps``, as in the layer itself: a channel that was constant in training would otherwise divide by 0.
+
+    Args:
+        norm: a BatchNorm2d with running statistics.
+        inputs: its input ``[B, channels, H, W]``.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with in_full(inputs):
+        variance, shift = _moments_about(full(inputs), norm.running_mean)
+    expected = norm.running_var + norm.eps
+    ratio = (variance.clamp_min(0) + norm.eps) / expected
+    return 0.5 * (shift.square() / expected + ratio - ratio.log() - 1).sum()
 
 
 def _moments_about(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
