@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from cdfkd_strategy.schedules import cosine, multistep, one_cycle, set_momentum, set_rate
+from cdfkd_strategy.schedules import cosine, factor, multistep, one_cycle, set_momentum, set_rate
 
 
 def test_multistep_is_torchs() -> None:
@@ -59,3 +59,12 @@ def test_one_cycle_is_torchs(kind: type[torch.optim.Optimizer]) -> None:
 
 def test_a_momentum_below_the_lowest_is_left_alone() -> None:
     assert {one_cycle(step, 10, highest_momentum=0.5)[1] for step in range(10)} == {0.5}
+
+
+def test_factor_finds_a_schedule_by_name() -> None:
+    """Two epochs of two iterations, worked out by hand."""
+    steps = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    half = 0.5 * 2**-0.5
+    expected = {"multistep": [1, 1, 0.1, 0.1], "cosine": [1, 0.5 + half, 0.5, 0.5 - half], "constant": [1, 1, 1, 1]}
+    for name, values in expected.items():
+        assert [factor(name, *step, epochs=2, iterations=2, milestones=(1,)) for step in steps] == pytest.approx(values)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, one_cycle, set_momentum, set_rate
+from cdfkd_strategy.schedules import ScheduleName, factor, one_cycle, set_momentum, set_rate
 from cdfkd_strategy.synthetic_batches import BatchRecipe, SyntheticBatches
 from cdfkd_strategy.teacher_draw import TeacherDraw
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -195,17 +195,14 @@ class CDFKDMFS(Distiller):
         return dict(zip(names, values, strict=True))
 
     def _set_rates(self, epoch: int, iteration: int) -> None:
-        config, at = self.config, (epoch * self.config.iterations + iteration, self.config.epochs * self.config.iterations)
-        factor = 1.0
-        if config.schedule == "multistep":
-            factor = multistep(epoch, config.milestones)
-        elif config.schedule in ("cosine", "one_cycle"):
-            factor = cosine(*at)
-        set_rate(self.generator_optimizer, config.generator_lr * factor)
+        config, epochs, iterations = self.config, self.config.epochs, self.config.iterations
+        named = "cosine" if config.schedule == "one_cycle" else config.schedule
+        share = factor(named, epoch, iteration, epochs=epochs, iterations=iterations, milestones=config.milestones)
+        set_rate(self.generator_optimizer, config.generator_lr * share)
         if config.schedule == "one_cycle":
-            factor, momentum = one_cycle(*at, highest_momentum=config.momentum)
+            share, momentum = one_cycle(epoch * iterations + iteration, epochs * iterations, highest_momentum=config.momentum)
             set_momentum(self.student_optimizer, momentum)
-        set_rate(self.student_optimizer, config.student_lr * factor)
+        set_rate(self.student_optimizer, config.student_lr * share)
 
     def _draw(self) -> Tensor:
         assert self.generator is not None
