@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cdfkd_strategy import seeding
+from cdfkd_strategy import parallel, seeding
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.client_share import train_label_counts
@@ -55,7 +55,8 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         overrides: ``key=value`` on the directory's configuration.
 
     Raises:
-        ConfigError: an override changes what the teachers were made with, or asks for label counts that nobody disclosed.
+        ConfigError: an override changes what the teachers were made with, or asks for label counts that nobody disclosed; or there are several
+            processes, and the method needs one.
         NeedsError: the method needs something that there is not.
     """
     overrides = list(overrides)
@@ -65,7 +66,9 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
     teachers = load_teachers(directory)
     config = of_the_teachers_data(from_values(teachers.config, overrides), teachers)
     check_disclosed(config, teachers)
-    get_method(config.method_config()[0]).check_extras(extras_of(teachers))
+    method = get_method(config.method_config()[0])
+    method.check_extras(extras_of(teachers))
+    method.check_processes()
     return Plan(config, teachers, _test_data(config, teachers) if teachers.config else None)
 
 
@@ -131,6 +134,8 @@ def write_teachers(config: RunConfig, out: Path) -> ImageData:
 def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
     """Distil the teachers of a plan, evaluate, and write a run directory: summary, losses, student, generator, checkpoint.
 
+    Of several processes (`parallel`) all compute, and the first one evaluates and writes.
+
     Class weights and the first student are computed with the runtime of the distillation, so that a run that is continued
     comes to the same ones.
 
@@ -143,7 +148,8 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
         logger.info(DISCLOSED)
     began = saved_runtime(out) if resume else None
     runtime = config.engine.runtime() if began is None else config.engine.continued(began)
-    summary = SummaryWriter(out, config, resume=resume)
+    parallel.wait_for_all()  # nobody looks into the directory any more when the first one begins to write
+    summary = SummaryWriter(out, config, resume=resume) if parallel.is_first() else None
     harness = Harness(config, work.data)
     ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
     settings = config.student
@@ -165,6 +171,8 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> None:
         runtime=runtime,
         extras=extras_of(teachers),
     )
+    if summary is None:
+        return
     distilled = time.perf_counter()
     save_student(out, student, ensemble.weights)
     accuracy = harness.evaluate(ensemble, student)

@@ -129,6 +129,7 @@ class CDFKDMFS(Distiller):
     name = "cdfkd_mfs"
     Config = CDFKDMFSConfig
     needs = Needs(batch_norm=False, features=False)
+    splits_batches = True
     student: MultiHeaderStudent
     config: CDFKDMFSConfig
 
