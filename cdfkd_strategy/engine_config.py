@@ -131,6 +131,8 @@ class EngineConfig:
         Raises:
             ConfigError: a GPU would have to serve several processes.
         """
+        if parallel.size() == 1:
+            return dataclasses.replace(runtime, processes=1)
         parallel.check_device(runtime.device)
         half = parallel.everyone(torch.tensor(runtime.precision == "bfloat16", device=runtime.device))[0]
         return dataclasses.replace(runtime, processes=parallel.size(), precision="bfloat16" if half else "float32")
