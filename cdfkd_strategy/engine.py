@@ -148,7 +148,7 @@ def distill(
         directory, engine = None, dataclasses.replace(engine, progress=False)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    with runtime.scope(), teachers.prepared(runtime, engine.resident_teachers), runtime.computing(student):
+    with runtime.scope(), teachers.prepared(runtime, engine.resident_teachers, sharded=engine.shard_teachers), runtime.computing(student):
         with seeding.seeded_scope("distiller", seed):
             declared = {"extras": given} if given.tensors() else {}
             distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime, **declared)

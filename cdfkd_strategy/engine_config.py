@@ -39,8 +39,11 @@ class EngineConfig:
             `RECOMPUTE_FROM` teachers on.
         batch_norm: of student and generator over several processes: "synchronised" is that of the whole batch, as in one process; "local" is that of
             each process's rows, which is faster and other mathematics. Distances from the teachers' statistics are always those of the whole batch.
-        resident_teachers: teachers that have working copies on the device at a time; 0 is all.
-        runtime_from: a ``summary.json`` whose runtime is used instead of all of the above except ``resident_teachers``; None resolves them.
+        resident_teachers: teachers that have working copies on the device at a time; the weights of all stay in their files, where there are files. 0 is all.
+        shard_teachers: several processes share the teachers out, for those that do not fit on one device: each keeps some, which compute the batches of
+            all. A step needs at least one for each. Last bits depend on it.
+        runtime_from: a ``summary.json`` whose runtime is used instead of all of the above except ``resident_teachers`` and ``shard_teachers``; None
+            resolves them.
         max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so. A run that is
             resumed with a higher one goes on.
         checkpoint_every: epochs between checkpoints (the last epoch always has one).
@@ -57,6 +60,7 @@ class EngineConfig:
     recompute_teachers: bool | Literal["auto"] = "auto"
     batch_norm: BatchNorm = "synchronised"
     resident_teachers: int = 0
+    shard_teachers: bool = False
     runtime_from: str | None = None
     max_seconds: float | None = None
     checkpoint_every: int = 1

@@ -65,6 +65,8 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
     teachers = load_teachers(directory)
     config = of_the_teachers_data(from_values(teachers.config, overrides), teachers)
+    if config.engine.resident_teachers or (config.engine.shard_teachers and parallel.size() > 1):
+        teachers = load_teachers(directory, mapped=True)
     check_disclosed(config, teachers)
     method = get_method(config.method_config()[0])
     method.check_extras(extras_of(teachers))

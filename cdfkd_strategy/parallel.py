@@ -136,6 +136,17 @@ def is_split() -> bool:
     return _splitting
 
 
+@contextmanager
+def not_split() -> Iterator[None]:
+    """Inside the block a batch is a whole one, although it is inside `splitting`."""
+    global _splitting  # noqa: PLW0603
+    before, _splitting = _splitting, False
+    try:
+        yield
+    finally:
+        _splitting = before
+
+
 def own_rows(batch: Tensor) -> Tensor:
     """The rows ``[B / P, ...]`` of a batch ``[B, ...]`` that this process computes.
 

@@ -103,8 +103,13 @@ def _check(teachers: TeacherSet) -> None:
             raise CheckpointError(f"{what} label counts do not fit; accepted: [K, C] = [{len(keys)}, {teachers.image.num_classes}]")
 
 
-def load_teachers(directory: Path) -> TeacherSet:
+def load_teachers(directory: Path, *, mapped: bool = False) -> TeacherSet:
     """Read a teacher directory; every file's hash, keys, shapes and types are checked.
+
+    Args:
+        directory: what `save_teachers` or a run's uploads made.
+        mapped: leave the weights in their files, which the operating system reads when something looks at them (and may drop again): for
+            many teachers of which some have working copies at a time (`engine.resident_teachers`). The files must stay as they are meanwhile.
 
     Raises:
         CheckpointError: the directory is missing, broken, or was changed.
@@ -114,7 +119,7 @@ def load_teachers(directory: Path) -> TeacherSet:
         image = bind(ImageSpec, index["image"], "image")
         teachers = TeacherSet(
             specs=tuple(bind(TeacherSpec, {key: entry[key] for key in _SPEC_KEYS - {"file"}}, "teachers") for entry in index["teachers"]),
-            models=[_load(directory, entry, image) for entry in index["teachers"]],
+            models=[_load(directory, entry, image, mapped=mapped) for entry in index["teachers"]],
             image=image,
             seed=int(index["seed"]),
             config=dict(index["config"]),
@@ -145,7 +150,7 @@ def _read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
-def _load(directory: Path, entry: Mapping[str, Any], image: ImageSpec) -> nn.Module:
+def _load(directory: Path, entry: Mapping[str, Any], image: ImageSpec, *, mapped: bool) -> nn.Module:
     """One teacher, in eval mode."""
     name = str(entry["file"])
     if Path(name).name != name:
@@ -160,7 +165,7 @@ def _load(directory: Path, entry: Mapping[str, Any], image: ImageSpec) -> nn.Mod
         raise CheckpointError(
             f"{path} was changed: its weights have the SHA-256 {found[:12]}..., {INDEX} says {str(entry['sha256'])[:12]}...; restore the file or train anew"
         )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=mapped)
     return model.eval()
 
 

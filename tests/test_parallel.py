@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer
 
 from cdfkd_strategy import cli, engine_config, parallel, seeding
 from cdfkd_strategy import engine as engine_module
@@ -32,6 +33,7 @@ from cdfkd_strategy.run_config import from_values
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import read_summary
 from cdfkd_strategy.teacher_directory import TeacherSet, save_teachers
+from cdfkd_strategy.teacher_forms import Form, TeacherForms
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec, state_hash
 from cdfkd_strategy.types import ImageSpec
 from tests.two_processes import in_two_processes
@@ -52,6 +54,8 @@ class Outcome(NamedTuple):
     student: Tensor
     generator: Tensor
     sha256: str
+    computed: set[int]
+    """The teachers that this process computed where batches were split."""
 
 
 class Case(NamedTuple):
@@ -71,6 +75,10 @@ SAME = {
     "recomputed": Case(engine={"recompute_teachers": True, "channels_last": False, "fold": False}, group_norm=True),
     "some_teachers": Case(config={**MFS, "teachers_per_step": 2, "mode": "paper"}, teachers=3, group_norm=True),
     "rdskd": Case(rdskd.RDSKD, RDSKD),
+    "sharded": Case(teachers=3, engine={"shard_teachers": True}, group_norm=True),
+    "sharded_recomputed": Case(
+        config={**MFS, "teachers_per_step": 2}, teachers=3, engine={"shard_teachers": True, "recompute_teachers": True}, group_norm=True
+    ),
 }
 OTHER = {
     "moments": Case(group_norm=True, without="moments"),
@@ -136,7 +144,15 @@ def run(case: Case, **options: Any) -> Outcome:
         teachers = TeacherEnsemble([teacher() for _ in range(case.teachers)], torch.rand(case.teachers, IMAGE.num_classes) + 0.1, image=IMAGE)
         student = MultiHeaderStudent(net(), case.teachers, IMAGE)
         engine = EngineConfig(**{"device": "cpu", "threads": 1, "precision": "float32", "progress": False, **case.engine, **options.pop("engine", {})})
+        computed: set[int] = set()
+        get = TeacherForms.get
+
+        def seen(self: TeacherForms, net: nn.Module, *, observed: bool) -> Form:
+            computed.update([list(teachers.nets).index(net)] if splitting() else [])
+            return get(self, net, observed=observed)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TeacherForms, "get", seen)
             if case.group_norm:
                 with_group_norm(student)
                 for module in (cdfkd_mfs, rdskd):
@@ -146,7 +162,12 @@ def run(case: Case, **options: Any) -> Outcome:
     assert {part.__class__ for part in student.modules() if "BatchNorm" in type(part).__name__} <= {nn.BatchNorm2d}
     names = result.history[0].keys() | result.history[-1].keys()
     terms = {name: torch.tensor([row.get(name, 0.0) for row in result.history], dtype=torch.float64) for name in names - {"seconds"}}
-    return Outcome(terms, vector(student), vector(result.generator), state_hash(student.state_dict()))
+    return Outcome(terms, vector(student), vector(result.generator), state_hash(student.state_dict()), computed)
+
+
+def splitting() -> bool:
+    """Are the batches of the running step split? (`is_split` says no where a teacher computes those of all processes.)"""
+    return bool(optimizer._global_optimizer_pre_hooks)
 
 
 def vector(module: nn.Module) -> Tensor:
@@ -180,6 +201,11 @@ def test_two_processes_are_one(name: str, outcomes: list[dict[str, Outcome]]) ->
     found = difference(expected, outcomes[0][name])
     assert max(found.values()) < TOLERANCE, found
     assert outcomes[0][name].sha256 == outcomes[1][name].sha256
+    computed, every = [outcome[name].computed for outcome in outcomes], set(range(SAME[name].teachers))
+    if name == "sharded":
+        assert computed == [{0, 2}, {1}]
+    elif "sharded" not in name:
+        assert computed == [every, every]
 
 
 @pytest.mark.parametrize("name", OTHER)

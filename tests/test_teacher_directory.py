@@ -56,6 +56,27 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         assert torch.equal(before.eval().to(memory_format=torch.contiguous_format)(images), after(images))
 
 
+def memory_of_its_own() -> int:
+    """Bytes of this process that are not pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 2**10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's count of a process's own pages")
+def test_mapped_weights_are_the_same_and_stay_in_their_files(tmp_path: Path) -> None:
+    image = ImageSpec(3, 32, 32, 10)
+    saved = save_teachers(tmp_path, TeacherSet((TeacherSpec("0", "resnet18"),), [initial_model("resnet18", image, seed=0)], image))
+    before = memory_of_its_own()
+    mapped = load_teachers(tmp_path, mapped=True).models[0]
+    grown = memory_of_its_own() - before
+    assert state_hash(mapped.state_dict()) == saved.specs[0].sha256
+    size = sum(parameter.nbytes for parameter in mapped.parameters())
+    assert size > 40e6
+    assert grown < size / 2
+    loaded = load_teachers(tmp_path).models[0]
+    assert torch.equal(loaded.state_dict()["fc.weight"], mapped.state_dict()["fc.weight"])
+
+
 def test_the_format_is_the_documented_one(directory: Path) -> None:
     index = json.loads((directory / "teachers.json").read_text())
     assert sorted(path.name for path in directory.iterdir()) == [*(f"teacher-{k}.safetensors" for k in range(3)), "teachers.json"]

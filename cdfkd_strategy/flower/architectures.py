@@ -82,10 +82,10 @@ class Architectures:
             self._initial[name] = {key: tensor.clone() for key, tensor in self.build(name).state_dict().items()}
         return self._initial[name]
 
-    def load(self, name: str | None, state: dict[str, Tensor]) -> nn.Module:
-        """The network with these weights, in eval mode."""
+    def load(self, name: str | None, state: dict[str, Tensor], *, mapped: bool = False) -> nn.Module:
+        """The network with these weights, in eval mode; ``mapped`` leaves them where they are, and copies nothing."""
         model = self.build(name)
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=mapped)
         return model.eval()
 
     @torch.no_grad()

@@ -52,9 +52,10 @@ def by_slot(slots: Mapping[str, int]) -> list[str]:
     return sorted(slots, key=lambda key: slots[key])
 
 
-def ensemble(uploads: Uploads, keys: Sequence[str], architectures: Architectures) -> TeacherEnsemble:
-    """The teachers of these clients, in this order, with uniform weights."""
-    models = [architectures.load(uploads[key].arch, uploads.load(key)) for key in keys]
+def ensemble(options: Options, uploads: Uploads, keys: Sequence[str], architectures: Architectures) -> TeacherEnsemble:
+    """The teachers of these clients, in this order, with uniform weights. With ``engine.resident_teachers`` their weights stay in the uploaded files."""
+    mapped = options.engine.resident_teachers > 0
+    models = [architectures.load(uploads[key].arch, uploads.load(key), mapped=mapped) for key in keys]
     specs = [TeacherSpec(key, uploads[key].arch, uploads[key].num_examples, uploads[key].sha256) for key in keys]
     return TeacherEnsemble(models, None, image=architectures.image, specs=specs)
 
@@ -162,7 +163,8 @@ def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStu
         runtime=runtime,
         extras=extras_of(options, uploads, live),
     )
-    result.runtime.place(teachers)
+    if not options.engine.resident_teachers:
+        result.runtime.place(teachers)
     return result._replace(student=result.runtime.place(student).eval())
 
 

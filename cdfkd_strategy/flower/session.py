@@ -234,7 +234,7 @@ class Session:
         state.slots = assign_slots(state.slots, live)
         keys = by_slot(state.slots)
         uploads = [self.uploads[key] for key in keys]
-        self.distilled.teachers = teachers = ensemble(self.uploads, keys, self.architectures)
+        self.distilled.teachers = teachers = ensemble(self.options, self.uploads, keys, self.architectures)
         with self.runtime.scope():
             teachers.weights.copy_(teacher_weights(teachers, uploads, [key in live for key in keys], options.weights, options.seed))
         state.teachers = [{"key": upload.key, "sha256": upload.sha256} for upload in uploads]
@@ -258,7 +258,7 @@ class Session:
                 raise CheckpointError(
                     f"the upload of client {teacher['key']} is not the one this round began with; restore uploads/, or start a new run directory"
                 )
-        teachers = ensemble(self.uploads, [teacher["key"] for teacher in self.state.teachers], self.architectures)
+        teachers = ensemble(self.options, self.uploads, [teacher["key"] for teacher in self.state.teachers], self.architectures)
         teachers.weights.copy_(teachers.weights.new_tensor(self.state.weights))
         return teachers
 
