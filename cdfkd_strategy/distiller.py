@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cdfkd_strategy.errors import CheckpointError, NeedsError
+from cdfkd_strategy import parallel
+from cdfkd_strategy.errors import CheckpointError, ConfigError, NeedsError
 from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -50,6 +51,9 @@ class Distiller(ABC):
     """In a few words: where its formulas come from, and what they were checked against. Empty is what the docstring says of *reconstruction*."""
     Config: ClassVar[type]
     needs: ClassVar[Needs] = Needs()
+    splits_batches: ClassVar[bool] = False
+    """May several processes compute it, each with its rows of every batch? It may if z comes from `Runtime.normal` and every loss
+    is a mean over the batch, or asks `parallel` for the whole batch; a test compares it with one process."""
 
     generator: nn.Module | None = None
 
@@ -99,6 +103,22 @@ class Distiller(ABC):
                 f"method {cls.name!r} needs {what}, which this run does not have; {ask}"
                 f"hand it to distill() in Extras({', '.join(f'{need}=...' for need in lacking)}), or choose another method (`cdfkd methods` lists them)"
             )
+
+    @classmethod
+    def check_processes(cls) -> None:
+        """Can as many processes as there are compute this method?
+
+        Raises:
+            ConfigError: there are several, and it needs all of a batch in one.
+        """
+        if parallel.size() > 1 and not cls.splits_batches:
+            accepted = ", ".join(name for name in METHODS if METHODS[name].splits_batches)
+            raise ConfigError(f"method {cls.name!r} does not split its batches among {parallel.size()} processes; start one, or choose another: {accepted}")
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The modules that the method trains or keeps: student, generator, and others; not the teachers."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.teachers]
 
     @property
     @abstractmethod

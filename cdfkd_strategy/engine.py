@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cdfkd_strategy import seeding
+from cdfkd_strategy import parallel, seeding
 from cdfkd_strategy.checkpoint import has_state, load_state, save_state, save_tensors, write_text
 from cdfkd_strategy.collapse import CollapseWatch
 from cdfkd_strategy.config import to_dict
@@ -22,9 +23,10 @@ from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.data.transfer_set import FILE_NAME, Origin, TransferSet, save_transfer_set
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine_config import EngineConfig
-from cdfkd_strategy.errors import CDFKDError, CheckpointError
+from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.history import losses_csv
 from cdfkd_strategy.methods import get_method
+from cdfkd_strategy.models.shared_batch_norm import average_statistics, shared_batch_norm
 from cdfkd_strategy.progress import Progress
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.step_counter import StepCounter
@@ -102,6 +104,9 @@ def distill(
 ) -> DistillResult:
     """Distil the teachers into the student, in place, with no data.
 
+    In a process group of torch.distributed every process calls it alike and computes its rows of every batch; all get the student, the first
+    one evaluates it and writes the files (`parallel`).
+
     Args:
         teachers: the frozen ensemble.
         student: gives `StudentOutputs`; trained in place and returned.
@@ -123,6 +128,7 @@ def distill(
     Raises:
         NeedsError: the teachers or the extras lack what the method needs; raised before any training.
         CheckpointError: ``resume`` with a checkpoint of another configuration, seed or other teachers, or of a device that is gone.
+        ConfigError: several processes, for a method or with devices that do not allow it.
         CDFKDError: a loss term is not finite.
     """
     engine = engine or EngineConfig()
@@ -131,6 +137,7 @@ def distill(
     config = cls.Config() if config is None else config
     given = (extras or Extras()).only(cls.needs)
     cls.check_extras(given)
+    cls.check_processes()
     directory = None if out is None else Path(out)
     saved = load_state(directory / "checkpoint") if resume and directory is not None and has_state(directory / "checkpoint") else None
     identity = _identity(cls, config, image, seed, teachers, student, given)
@@ -141,10 +148,12 @@ def distill(
     if runtime.channels_last and not teachers.accepts_channels_last():
         logger.info("a teacher cannot take images in the channels-last layout; distilling without it")
         runtime = dataclasses.replace(runtime, channels_last=False)
-    runtime = engine.recomputing(runtime, len(teachers))
+    runtime = engine.recomputing(engine.shared(runtime), len(teachers))
+    if not parallel.is_first():
+        directory, engine = None, dataclasses.replace(engine, progress=False)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    with runtime.scope(), teachers.prepared(runtime, engine.resident_teachers), runtime.computing(student):
+    with runtime.scope(), teachers.prepared(runtime, engine.resident_teachers, sharded=engine.shard_teachers), runtime.computing(student):
         with seeding.seeded_scope("distiller", seed):
             declared = {"extras": given} if given.tensors() else {}
             distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime, **declared)
@@ -153,7 +162,9 @@ def distill(
             distiller.load_state_dict(saved["distiller"])
             run.history = saved["history"]
             logger.info("continuing after epoch %d of %d", len(run.history), distiller.num_epochs)
-        stopped_by = _epochs(run, engine, evaluate)
+        _check_together(run)
+        with shared_batch_norm(distiller.networks if parallel.size() > 1 and runtime.batch_norm == "synchronised" else []):
+            stopped_by = _epochs(run, engine, evaluate if parallel.is_first() else None)
     student.eval()
     if directory is not None:
         _keep_images(directory, distiller, seed)
@@ -210,11 +221,11 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
             if run.history and engine.is_over(run.seconds):  # a run that was stopped before stays stopped
                 return "max_seconds"
             started = time.perf_counter()
-            with seeding.seeded_scope("epoch", run.seed, epoch), steps.counting() as made:
+            with seeding.seeded_scope("epoch", run.seed, epoch), parallel.splitting(), steps.counting() as made:
                 terms = dict(distiller.run_epoch(epoch))
+            terms, seconds = _together(run, terms, time.perf_counter() - started)
             terms.update(made)
             _check_finite(terms, epoch, distiller.name)
-            seconds = time.perf_counter() - started
             terms.update(watch.look(epoch))
             last = epoch + 1 == total
             out_of_time = engine.is_over(run.seconds + seconds) and not last
@@ -231,6 +242,31 @@ def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Liter
                 logger.warning("stopped after epoch %d of %d: %.0f s are over engine.max_seconds=%s", epoch + 1, total, run.seconds, engine.max_seconds)
                 return "max_seconds"
     return "schedule"
+
+
+def _together(run: _Run, terms: dict[str, float], seconds: float) -> tuple[dict[str, float], float]:
+    """The epoch's terms of the whole batch and its seconds, the same for all processes; statistics that they do not share are averaged."""
+    if parallel.size() == 1:
+        return terms, seconds
+    if run.runtime.batch_norm == "local":
+        average_statistics(run.distiller.networks)
+    found = parallel.everyone(torch.tensor([seconds, *terms.values()], dtype=torch.float64, device=run.runtime.device))
+    return dict(zip(terms, found[:, 1:].mean(0).tolist(), strict=True)), float(found[0, 0])
+
+
+def _check_together(run: _Run) -> None:
+    """All processes must begin with the same job, teachers, weights and epoch; otherwise each would train a student of its own."""
+    if parallel.size() == 1:
+        return
+    weights = [state_hash(network.state_dict()) for network in run.distiller.networks]
+    mine = seeding.derive_seed(json.dumps([to_dict(run.identity), len(run.history), weights]))
+    found = parallel.everyone(torch.tensor(mine, device=run.runtime.device)).tolist()
+    if len(set(found)) > 1:
+        others = [number for number, value in enumerate(found) if value != found[0]]
+        raise ConfigError(
+            f"processes {others} begin with another configuration, teachers, checkpoint or first student than process 0; "
+            "accepted: the same files and the same kind of machine for all"
+        )
 
 
 def _identity(cls: type[Distiller], config: Any, image: ImageSpec, seed: int, teachers: TeacherEnsemble, student: nn.Module, extras: Extras) -> dict[str, Any]:

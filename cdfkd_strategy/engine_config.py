@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 
+from cdfkd_strategy import parallel
 from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.precision import Precision
-from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.runtime import BatchNorm, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ RECOMPUTE_FROM = 9
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a distillation is run; none of it changes the mathematics of an epoch.
+    """How a distillation is run; none of it changes the mathematics of an epoch, except ``batch_norm="local"`` over several processes.
 
     What bits depend on is resolved once, recorded, and kept by later starts of the same run (`continued`).
 
@@ -36,8 +37,13 @@ class EngineConfig:
         fold: compute teachers with their BatchNorm folded into convolutions where nothing looks at it. Bits depend on it.
         recompute_teachers: compute teachers a second time in the backward pass instead of keeping the activations of all: "auto" is from
             `RECOMPUTE_FROM` teachers on.
+        batch_norm: of student and generator over several processes: "synchronised" is that of the whole batch, as in one process; "local" is that of
+            each process's rows, which is faster and other mathematics. Distances from the teachers' statistics are always those of the whole batch.
         resident_teachers: teachers that have working copies on the device at a time; the weights of all stay in their files, where there are files. 0 is all.
-        runtime_from: a ``summary.json`` whose runtime is used instead of all of the above except ``resident_teachers``; None resolves them.
+        shard_teachers: several processes share the teachers out, for those that do not fit on one device: each keeps some, which compute the batches of
+            all. A step needs at least one for each. Last bits depend on it.
+        runtime_from: a ``summary.json`` whose runtime is used instead of all of the above except ``resident_teachers`` and ``shard_teachers``; None
+            resolves them.
         max_seconds: a guard, not a budget: the run stops at the first epoch boundary after it, and says so. A run that is
             resumed with a higher one goes on.
         checkpoint_every: epochs between checkpoints (the last epoch always has one).
@@ -54,7 +60,9 @@ class EngineConfig:
     precision: Precision | Literal["auto"] = "auto"
     fold: bool = True
     recompute_teachers: bool | Literal["auto"] = "auto"
+    batch_norm: BatchNorm = "synchronised"
     resident_teachers: int = 0
+    shard_teachers: bool = False
     runtime_from: str | None = None
     max_seconds: float | None = None
     checkpoint_every: int = 1
@@ -89,7 +97,7 @@ class EngineConfig:
         """
         if self.runtime_from is not None:
             return self._read_runtime(Path(self.runtime_from))
-        choices = {"channels_last": self.channels_last, "fold": self.fold, "recompute": self.recompute_teachers is True}
+        choices = {"channels_last": self.channels_last, "fold": self.fold, "recompute": self.recompute_teachers is True, "batch_norm": self.batch_norm}
         runtime = Runtime.auto(self.device, self.precision, **choices, **({"threads": self.threads} if self.threads else {}))
         if not runtime.is_available:
             raise ConfigError(f"engine.device is {self.device!r}, but torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); use auto or cpu")
@@ -107,8 +115,10 @@ class EngineConfig:
             CheckpointError: the device is gone, and this configuration names no other.
             ConfigError: it names one that is not there either.
         """
+        if began.processes != parallel.size():
+            logger.warning("the run was started by %d processes and goes on with %d: its last bits will be others", began.processes, parallel.size())
         if began.is_available:
-            asked = {"device": self.device, "threads": self.threads, "precision": self.precision}
+            asked = {"device": self.device, "threads": self.threads, "precision": self.precision, "batch_norm": self.batch_norm}
             unused = [f"engine.{name}={value}" for name, value in asked.items() if value not in ("auto", 0, getattr(began, name))]
             if unused:
                 logger.info("%s: not used, the run goes on as it began, %s", ", ".join(unused), began)
@@ -122,6 +132,19 @@ class EngineConfig:
         runtime = dataclasses.replace(began, device=here.device, precision=here.precision)
         logger.warning("the run was started on %s, which is gone; it goes on on %s, to another result than without interruption", began.device, runtime.device)
         return runtime
+
+    @staticmethod
+    def shared(runtime: Runtime) -> Runtime:
+        """The runtime among the processes that there are: the first one's precision, which is measured, for all.
+
+        Raises:
+            ConfigError: a GPU would have to serve several processes.
+        """
+        if parallel.size() == 1:
+            return dataclasses.replace(runtime, processes=1)
+        parallel.check_device(runtime.device)
+        half = parallel.everyone(torch.tensor(runtime.precision == "bfloat16", device=runtime.device))[0]
+        return dataclasses.replace(runtime, processes=parallel.size(), precision="bfloat16" if half else "float32")
 
     def recomputing(self, runtime: Runtime, teachers: int) -> Runtime:
         """The runtime for so many teachers: ``recompute_teachers="auto"`` is resolved."""

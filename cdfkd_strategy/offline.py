@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cdfkd_strategy import seeding
+from cdfkd_strategy import parallel, seeding
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.client_share import all_training_rows, train_label_counts
@@ -62,7 +62,8 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         overrides: ``key=value`` on the directory's configuration.
 
     Raises:
-        ConfigError: an override changes what the teachers were made with, or asks for label counts that nobody disclosed.
+        ConfigError: an override changes what the teachers were made with, or asks for label counts that nobody disclosed; or there are several
+            processes, and the method needs one.
         NeedsError: the method needs something that there is not.
     """
     overrides = list(overrides)
@@ -71,7 +72,7 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
     teachers = load_teachers(directory)
     config = from_values(teachers.config, overrides)
-    if config.engine.resident_teachers:
+    if config.engine.resident_teachers or (config.engine.shard_teachers and parallel.size() > 1):
         teachers = load_teachers(directory, mapped=True)
     return plan_for(config, teachers)
 
@@ -81,7 +82,9 @@ def plan_for(config: RunConfig, teachers: TeacherSet) -> Plan:
     config = of_the_teachers_data(config, teachers)
     check_disclosed(config, teachers)
     data = _test_data(config, teachers) if teachers.config else None
-    get_method(config.method_config()[0]).check_extras(extras_of(teachers, config, data))
+    method = get_method(config.method_config()[0])
+    method.check_extras(extras_of(teachers, config, data))
+    method.check_processes()
     return Plan(config, teachers, data)
 
 
@@ -181,8 +184,10 @@ class Distilled(NamedTuple):
     examination: Examination
 
 
-def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distilled:
+def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distilled | None:
     """Distil the teachers of a plan, evaluate, and write a run directory: summary, losses, student, generator, checkpoint.
+
+    Of several processes (`parallel`) all compute, and the first one evaluates and writes.
 
     Class weights and the first student are computed with the runtime of the distillation, so that a run that is continued
     comes to the same ones.
@@ -196,7 +201,8 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distill
         logger.info(DISCLOSED)
     began = saved_runtime(out) if resume else None
     runtime = config.engine.runtime() if began is None else config.engine.continued(began)
-    summary = SummaryWriter(out, config, resume=resume)
+    parallel.wait_for_all()  # nobody looks into the directory any more when the first one begins to write
+    summary = SummaryWriter(out, config, resume=resume) if parallel.is_first() else None
     harness = Harness(config, work.data)
     ensemble = TeacherEnsemble(teachers.models, image=teachers.image, specs=teachers.specs)
     settings = config.student
@@ -221,6 +227,8 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distill
         runtime=runtime,
         extras=extras_of(teachers, config, work.data),
     )
+    if summary is None:
+        return None
     distilled = time.perf_counter()
     save_student(out, student, weights)
     examination = harness.examine(ensemble, student, weights=weights)

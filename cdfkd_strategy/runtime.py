@@ -22,11 +22,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cdfkd_strategy import freed_memory, seeding
+from cdfkd_strategy import freed_memory, parallel, seeding
 from cdfkd_strategy.config import bind
 from cdfkd_strategy.precision import Precision, as_it_was, keep_depthwise_full, measured_precision
 
 M = TypeVar("M", bound=nn.Module)
+
+BatchNorm = Literal["synchronised", "local"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Runtime:
         fold: compute teachers in inference form, with their BatchNorm folded into convolutions, where nothing looks at the BatchNorm layers.
         recompute: keep no activations of teachers for the backward pass, and compute every teacher once more in it, one at a time:
             memory then does not grow with their number.
+        processes: among how many every batch is split (`parallel`).
+        batch_norm: of student and generator over several processes: "synchronised" is that of the whole batch, as in one process, "local" that of each
+            process's rows.
     """
 
     device: str = "cpu"
@@ -49,6 +54,8 @@ class Runtime:
     precision: Precision = "float32"
     fold: bool = False
     recompute: bool = False
+    processes: int = 1
+    batch_norm: BatchNorm = "synchronised"
 
     @classmethod
     def auto(cls, device: str = "auto", precision: Precision | Literal["auto"] = "auto", **choices: Any) -> Runtime:
@@ -125,5 +132,8 @@ class Runtime:
         return batch.to(self.device, non_blocking=True)
 
     def normal(self, *shape: int, rng: torch.Generator) -> Tensor:
-        """Standard normal numbers on the device, drawn from ``rng`` (a CPU generator: the same z on every device)."""
-        return torch.randn(shape, generator=rng).to(self.device, non_blocking=True)
+        """Standard normal numbers on the device, drawn from ``rng`` (a CPU generator: the same z on every device).
+
+        Where batches are split among processes, all draw the whole batch (the first of ``shape``), and each gets its rows.
+        """
+        return parallel.own_rows(torch.randn(shape, generator=rng)).to(self.device, non_blocking=True)

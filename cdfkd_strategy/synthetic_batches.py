@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy import parallel
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.runtime import Runtime
@@ -52,9 +53,14 @@ class SyntheticBatches:
         size: ``B``, images per batch.
         image: what the images are.
         runtime: where they go.
+
+    Raises:
+        ConfigError: an average or a replay on several processes, which would each have other images.
     """
 
     def __init__(self, generator: nn.Module, recipe: BatchRecipe, size: int, image: ImageSpec, runtime: Runtime) -> None:
+        if parallel.size() > 1 and (recipe.average or recipe.replay_size):
+            raise ConfigError("method.batches.average and method.batches.replay_size need one process; set both to 0")
         self.generator, self.recipe, self.size, self.runtime = generator, recipe, size, runtime
         self.averaged = copy.deepcopy(generator).requires_grad_(False) if recipe.average else None
         self.pool = TransferPool(recipe.replay_size, image) if recipe.replay_size else None

@@ -40,10 +40,11 @@ class TeacherForms:
         runtime: device, layout, precision, and whether to fold.
         resident: teachers that have copies on the device at a time; the least recently used one gives way. 0 is all, and
             then the originals are on the device and serve where nothing is folded.
+        sharded: do several processes share the teachers out?
     """
 
-    def __init__(self, image: ImageSpec, runtime: Runtime, resident: int = 0) -> None:
-        self.image, self.runtime, self.resident = image, runtime, resident
+    def __init__(self, image: ImageSpec, runtime: Runtime, resident: int = 0, *, sharded: bool = False) -> None:
+        self.image, self.runtime, self.resident, self.sharded = image, runtime, resident, sharded
         self._kept: OrderedDict[tuple[nn.Module, bool], Form] = OrderedDict()
         self._checked: set[nn.Module] = set()
         self._unfoldable: set[nn.Module] = set()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cdfkd_strategy import parallel
 from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.losses.statistics import ShiftDistance, batch_norm_shift, shift_distance
 from cdfkd_strategy.models.classifiers import final_linear
@@ -20,6 +21,7 @@ from cdfkd_strategy.models.head_fusion import class_weights, fuse, weighted
 from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teacher_forms import TeacherForms
+from cdfkd_strategy.teacher_shards import Answer, answers_of_all
 from cdfkd_strategy.types import ImageSpec, TeacherOutputs
 
 T = TypeVar("T")
@@ -146,7 +148,7 @@ class TeacherEnsemble(nn.Module):
         return super().train(False)
 
     @contextmanager
-    def prepared(self, runtime: Runtime, resident: int = 0) -> Iterator[TeacherEnsemble]:
+    def prepared(self, runtime: Runtime, resident: int = 0, *, sharded: bool = False) -> Iterator[TeacherEnsemble]:
         """Compute inside the block on the runtime's device and as it says; results stay the same up to rounding.
 
         Weights must not change inside: working copies would not follow. They are dropped at the end; the device is kept.
@@ -154,10 +156,14 @@ class TeacherEnsemble(nn.Module):
         Args:
             runtime: device, layout, precision; whether BatchNorm is folded, and whether teachers are computed a second time in the backward pass.
             resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all.
+            sharded: of several processes each has working copies of some, and computes those where batches are split.
         """
+        sharded = sharded and parallel.size() > 1
+        if sharded and not resident:
+            resident = 2 * -(-len(self) // parallel.size())  # folded, and with their BatchNorm
         if resident:
             self.weights = self.weights.to(runtime.device)
-        before, self._forms = self._forms, TeacherForms(self.image, runtime, resident)
+        before, self._forms = self._forms, TeacherForms(self.image, runtime, resident, sharded=sharded)
         try:
             with nullcontext() if resident else runtime.computing(self):
                 yield self
@@ -166,6 +172,8 @@ class TeacherEnsemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[K, B, C]`` of normalised images, differentiable in the images only."""
+        if self._asks_others:
+            return self.observe(images, bn=False).logits
         return torch.stack([self._recomputed(self._logits, net, images) for net in self.nets])
 
     def fused(self, images: Tensor) -> Tensor:
@@ -182,9 +190,21 @@ class TeacherEnsemble(nn.Module):
             maps: give the last map of every resolution (`models.stages`), in float32, at most four per teacher.
             distance: of a BatchNorm layer's batch statistics from its running ones; `losses.statistics` has several.
         """
+        if self._asks_others:
+
+            def answer(net: nn.Module, batch: Tensor) -> Answer:
+                return self._recomputed(self._observe, net, batch, bn, maps, distance)[:3]
+
+            asked = answers_of_all(answer, list(self.nets), images)  # methods that want more do not run on several processes
+            logits, features, distances = zip(*asked, strict=True)
+            return TeacherOutputs(torch.stack(logits), features, distances)
         seen = (self._recomputed(self._observe, net, images, bn, maps, distance) for net in self.nets)
         logits, features, distances, stages, shifts = zip(*seen, strict=True)
         return TeacherOutputs(torch.stack(logits), features, distances, stages, shifts)
+
+    @property
+    def _asks_others(self) -> bool:
+        return self._forms.sharded and parallel.is_split()
 
     def _logits(self, net: nn.Module, images: Tensor) -> Tensor:
         with self._forms.runtime.autocast():
@@ -202,7 +222,7 @@ class TeacherEnsemble(nn.Module):
         if linear is not None:
             hooks.append(linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
         try:
-            with self._forms.runtime.autocast():
+            with self._forms.runtime.autocast(), parallel.not_split() if self._forms.sharded else nullcontext():  # sharded: images of all processes
                 logits, stages = (net(images), ()) if staged is None else staged(images)
         finally:
             for hook in hooks:

@@ -116,6 +116,7 @@ def in_this_process(run: BenchRun, home: Path, directory: Path) -> None:
         teachers = load_teachers(home)
         hashes = tuple(spec.sha256 for spec in teachers.specs)
         done = distill_directory(plan_for(run.config, teachers), directory, resume=True)
+        assert done is not None  # there is one process
         record = measure(run, done, hashes)
     except Exception as error:  # a method of anybody's: what it raises is a result, and the bench goes on
         logger.warning("%s in %s, seed %d failed: %s", run.row, run.cell, run.seed, error, exc_info=not isinstance(error, CDFKDError))

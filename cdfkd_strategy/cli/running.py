@@ -11,6 +11,7 @@ from typing import Any
 
 from cdfkd_strategy.cli.showing import show_labels, show_run
 from cdfkd_strategy.errors import CheckpointError, ConfigError
+from cdfkd_strategy.parallel import check_alone, is_first, joined
 from cdfkd_strategy.run_config import RunConfig, resolve
 from cdfkd_strategy.summary import FILE_NAME, check_same_config, read_summary
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> None:
     """The whole job: clients, uploads, distillation, evaluation, in Flower's simulation."""
+    check_alone("cdfkd run")
     config = resolve(args.config, args.overrides)
     out = check_out(args.out, resume=args.resume)
     if not is_finished(out, config):
@@ -32,6 +34,7 @@ def teachers(args: argparse.Namespace) -> None:
     """Train the teachers of round 1 and write a teacher directory."""
     from cdfkd_strategy.offline import write_teachers
 
+    check_alone("cdfkd teachers")
     config = resolve(args.config, args.overrides)
     out = check_out(args.out, resume=False)
     show_labels(config, write_teachers(config, out))
@@ -39,7 +42,16 @@ def teachers(args: argparse.Namespace) -> None:
 
 
 def distill(args: argparse.Namespace) -> None:
-    """Distil a teacher directory."""
+    """Distil a teacher directory, in one process or in all that torchrun started."""
+    with joined():
+        if not is_first():
+            logging.getLogger("cdfkd_strategy").setLevel(logging.ERROR)  # what the first one says is enough
+        out = _distill(args)
+        if is_first():
+            show_run(out)
+
+
+def _distill(args: argparse.Namespace) -> Path:
     from cdfkd_strategy.offline import distill_directory, plan
 
     overrides = list(args.overrides)
@@ -52,7 +64,7 @@ def distill(args: argparse.Namespace) -> None:
     out = check_out(args.out, resume=args.resume)
     if not is_finished(out, work.config):
         distill_directory(work, out, resume=args.resume)
-    show_run(out)
+    return out
 
 
 def check_out(path: str, *, resume: bool) -> Path:

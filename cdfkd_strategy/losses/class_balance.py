@@ -7,6 +7,9 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from cdfkd_strategy import parallel
+from cdfkd_strategy.precision import full
+
 DIGITS_PER_NAT = 1 / math.log(10)
 """An entropy with log10, as in the code of several authors, is the one in nats times this."""
 
@@ -14,7 +17,7 @@ DIGITS_PER_NAT = 1 / math.log(10)
 def one_hot_cross_entropy(logits: Tensor) -> Tensor:
     """Cross entropy of logits ``[..., C]`` with their own argmax, in nats: small when every prediction is certain."""
     flat = logits.reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, flat.argmax(-1))
+    return parallel.batch_mean(F.cross_entropy(flat, flat.argmax(-1)))
 
 
 def negative_class_entropy(logits: Tensor) -> Tensor:
@@ -25,8 +28,10 @@ def negative_class_entropy(logits: Tensor) -> Tensor:
 
     The mean is taken in log space, so that a class which never occurs gives 0 and not NaN.
     """
-    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    log_probabilities = F.log_softmax(full(logits), dim=-1)
     log_mean = log_probabilities.logsumexp(dim=-2) - math.log(logits.shape[-2])
+    if parallel.is_split():
+        log_mean = parallel.everyone(log_mean).logsumexp(dim=0) - math.log(parallel.size())
     return (log_mean.exp() * log_mean).sum(-1).mean()
 
 
@@ -35,5 +40,5 @@ def image_entropy(logits: Tensor) -> Tensor:
 
     The instance categorical entropy of DFQ (arXiv:2005.04136). Computed from log-probabilities: a class that underflows counts 0, and is not NaN.
     """
-    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    log_probabilities = F.log_softmax(full(logits), dim=-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()

@@ -44,6 +44,6 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
         teacher: the same shape.
         temperature: T; the factor ``T^2`` keeps the gradient's size (Hinton et al., arXiv:1503.02531).
     """
-    mine = F.log_softmax(student.float() / temperature, dim=-1)
-    theirs = F.log_softmax(teacher.float() / temperature, dim=-1)
+    mine = F.log_softmax(full(student) / temperature, dim=-1)
+    theirs = F.log_softmax(full(teacher) / temperature, dim=-1)
     return temperature**2 * (theirs.exp() * (theirs - mine)).sum(-1).mean()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cdfkd_strategy import parallel
+
 SMALLEST_DISTANCE = 1e-12
 """Image distances below this count as this: two equal half-batches (a fully collapsed generator) would divide 0 by 0."""
 
@@ -24,6 +26,7 @@ def diversity_loss(images: Tensor, probabilities: Tensor, epsilon: float = 1e-20
     Returns:
         A scalar, at least 0.
     """
+    images, probabilities = parallel.whole(images), parallel.whole(probabilities, -2)
     half = images.shape[0] // 2
     between_images = torch.linalg.vector_norm(images[-half:] - images[:half])
     between_classes = torch.linalg.vector_norm(probabilities[..., -half:, :] - probabilities[..., :half, :], dim=(-2, -1))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy import parallel
 from cdfkd_strategy.errors import NeedsError
 from cdfkd_strategy.precision import full, in_full
 
@@ -37,7 +38,7 @@ def batch_norm_shift(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     with in_full(inputs):
-        variance, shift = _moments_about(full(inputs), norm.running_mean)
+        variance, shift = batch_moments(full(inputs), norm.running_mean)
         return torch.stack([shift, variance - norm.running_var])
 
 
@@ -58,6 +59,16 @@ def shift_kl(norm: nn.BatchNorm2d, shift: Tensor) -> Tensor:
     expected = norm.running_var + norm.eps
     ratio = (variance + norm.eps) / expected
     return 0.5 * (mean.square() / expected + ratio - ratio.log() - 1).sum()
+
+
+def batch_moments(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance ``[C]`` and mean minus ``centre`` ``[C]`` of the whole batch, of which ``values [B, C, ...]`` may be a process's rows."""
+    maps = values if values.dim() == 4 else values.reshape(*values.shape[:2], -1, 1)
+    variance, shift = _moments_about(maps, centre)
+    if not parallel.is_split():
+        return variance, shift
+    square, shift = parallel.batch_mean(torch.stack([variance + shift.square(), shift]))
+    return square - shift.square(), shift
 
 
 def _moments_about(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,7 @@ class CDFKDMFS(Distiller):
     status = "every loss tested; formulas of the authors' code"
     Config = CDFKDMFSConfig
     needs = Needs(batch_norm=False, features=False)
+    splits_batches = True
     student: MultiHeaderStudent
     config: CDFKDMFSConfig
 

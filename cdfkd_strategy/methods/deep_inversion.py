@@ -58,6 +58,7 @@ from cdfkd_strategy.losses.image_prior import image_norm, jitter, total_variatio
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.pool_distillation import PoolDistillation
+from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -237,7 +238,7 @@ class DeepInversion(Distiller):
         config = self.config
         teachers = self.teachers.observe(images)
         # nll[k, b] weighted by w[k, y_b]: columns of w sum to 1, so uniform weights give the plain mean over teachers
-        nll = -F.log_softmax(teachers.logits.float(), dim=-1).gather(-1, labels.expand(len(self.teachers), -1).unsqueeze(-1)).squeeze(-1)
+        nll = -F.log_softmax(full(teachers.logits), dim=-1).gather(-1, labels.expand(len(self.teachers), -1).unsqueeze(-1)).squeeze(-1)
         terms = {
             "images/cross_entropy": (self.teachers.weights[:, labels] * nll).sum(0).mean(),
             "images/total_variation": config.resolved_tv_weight * total_variation(images),

@@ -46,6 +46,7 @@ from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.diversity import diversity_loss
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
+from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -119,6 +120,7 @@ class RDSKD(Distiller):
     status = "every loss tested; formulas of the authors' code"
     Config = RDSKDConfig
     needs = Needs()
+    splits_batches = True
     config: RDSKDConfig
     generator: nn.Module
 
@@ -183,7 +185,7 @@ class RDSKD(Distiller):
         terms = {
             "generator/one_hot": (one_hot - self.reference_one_hot).exp(),
             "generator/entropy": (entropy - self.reference_entropy).exp(),
-            "generator/diversity": diversity_loss(images, F.softmax(logits.float(), dim=-1)),
+            "generator/diversity": diversity_loss(images, F.softmax(full(logits), dim=-1)),
         }
         self.generator_optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
