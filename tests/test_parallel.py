@@ -256,6 +256,7 @@ def the_rest(folder: Path) -> tuple[Any, ...]:
     return cut_and_resume(folder), refusals()
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_all_and_written_by_one_and_what_cannot_be_split_is_refused_by_all(tmp_path: Path) -> None:
     found = in_two_processes(the_rest, tmp_path, tmp_path)
     for (whole, resumed, _), said in found:
@@ -308,6 +309,7 @@ VALUES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_torchrun_distils_into_one_run_directory(tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = from_values(VALUES)
     with seeding.seeded_scope("torchrun"):
