@@ -126,6 +126,8 @@ class CDFKD(Distiller):
     """
 
     name = "cdfkd"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = CDFKDConfig
     needs = Needs(features=True)
     config: CDFKDConfig

@@ -144,6 +144,8 @@ class CGDD(Distiller):
     """
 
     name = "cgdd"
+    students = ("single", "multi")
+    status = "every loss tested; reconstruction"
     Config = CGDDConfig
     needs = Needs()
     config: CGDDConfig

@@ -179,6 +179,8 @@ class CMI(Distiller):
     """
 
     name = "cmi"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = CMIConfig
     needs = Needs(batch_norm=True)
     config: CMIConfig

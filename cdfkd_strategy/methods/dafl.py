@@ -124,6 +124,8 @@ class DAFL(Distiller):
     """
 
     name = "dafl"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = DAFLConfig
     needs = Needs(features=True)
     config: DAFLConfig

@@ -98,6 +98,8 @@ class DFAD(Distiller):
     """
 
     name = "dfad"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = DFADConfig
     needs = Needs()
     config: DFADConfig

@@ -1,8 +1,7 @@
 """DFED: data-free ensemble knowledge distillation for privacy-conscious multimedia model compression (Hao et al., ACM MM 2021).
 
 Paper: https://doi.org/10.1145/3474085.3475329 (not on arXiv). The formulas are those that CDFKD-MFS's authors
-(https://arxiv.org/abs/2205.11845), who are this paper's, run under its name; that the paper's text says the same is a
-*reconstruction*.
+(https://arxiv.org/abs/2205.11845) run under its name; that the paper's text says the same is a *reconstruction*.
 
 It is DFAD (https://arxiv.org/abs/1912.11006) with an ensemble for a teacher, and a generator held to the statistics in the
 teachers' BatchNorm layers. With T_i the logits of teacher i, S the student's, x = G(z), z ~ N(0, I), and R_BN the distance from
@@ -105,6 +104,8 @@ class DFED(Distiller):
     """
 
     name = "dfed"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the code of CDFKD-MFS"
     Config = DFEDConfig
     needs = Needs()
     config: DFEDConfig

@@ -115,6 +115,8 @@ class DFQ(Distiller):
     """
 
     name = "dfq"
+    students = ("single", "multi")
+    status = "every loss tested; reconstruction in part"
     Config = DFQConfig
     needs = Needs(batch_norm=True)
     config: DFQConfig

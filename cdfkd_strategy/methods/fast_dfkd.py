@@ -179,6 +179,8 @@ class FastDFKD(Distiller):
     """
 
     name = "fast_dfkd"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = FastDFKDConfig
     needs = Needs(batch_norm=True)
     config: FastDFKDConfig

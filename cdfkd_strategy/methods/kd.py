@@ -83,6 +83,8 @@ class KD(Distiller):
     """
 
     name = "kd"
+    students = ("single", "multi")
+    status = "every loss tested; reference on real images"
     Config = KDConfig
     needs = Needs(proxy_data=True)
     config: KDConfig

@@ -124,6 +124,8 @@ class MAD(Distiller):
     """
 
     name = "mad"
+    students = ("single", "multi")
+    status = "every loss tested; reconstruction in part"
     Config = MADConfig
     needs = Needs()
     config: MADConfig

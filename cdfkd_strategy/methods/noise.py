@@ -73,6 +73,8 @@ class Noise(Distiller):
     """
 
     name = "noise"
+    students = ("single", "multi")
+    status = "every loss tested; reference on noise"
     Config = NoiseConfig
     needs = Needs()
     config: NoiseConfig

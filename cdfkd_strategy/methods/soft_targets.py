@@ -132,6 +132,8 @@ class SoftTargets(Distiller):
     """
 
     name = "soft_targets"
+    students = ("single", "multi")
+    status = "every loss tested; reconstruction in part"
     Config = SoftTargetsConfig
     needs = Needs(features=True)
     config: SoftTargetsConfig

@@ -123,6 +123,8 @@ class ZSKD(Distiller):
     """
 
     name = "zskd"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = ZSKDConfig
     needs = Needs(features=True)
     config: ZSKDConfig

@@ -123,6 +123,8 @@ class ZSKT(Distiller):
     """
 
     name = "zskt"
+    students = ("single", "multi")
+    status = "every loss tested; formulas of the authors' code"
     Config = ZSKTConfig
     needs = Needs()
     config: ZSKTConfig
