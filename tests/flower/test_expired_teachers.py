@@ -135,11 +135,11 @@ def test_a_run_with_an_expired_teacher_is_continued(broadcast: str, tmp_path: Pa
     method = tiny_strategy().options.distiller
     original = method.student_step
 
-    def dying(self: Any) -> Any:
+    def dying(self: Any, *batch: Any) -> Any:
         steps[0] += 1
         if steps[0] == 7:  # round 2, epoch 2: two epochs of two steps are a round
             raise Killed
-        return original(self)
+        return original(self, *batch)
 
     monkeypatch.setattr(method, "student_step", dying)
     with pytest.raises(Killed):
