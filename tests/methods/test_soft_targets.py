@@ -108,21 +108,21 @@ def test_balance_is_measured() -> None:
 
 
 def test_image_loss_equals_a_plain_reference() -> None:
-    distiller = build(3, activation_weight=0.3, temperature=5.0)
+    distiller = build(3, activation_weight=0.3, temperature=5.0, target_temperature=2.0)
     pixels = torch.rand(7, *DIGITS.shape, generator=torch.Generator().manual_seed(1))
     targets = torch.randn(7, 10, generator=torch.Generator().manual_seed(2)) * 3
     found = {name: float(value) for name, value in distiller.image_loss(pixels, Targets(targets, 2)).items()}
     net, divergence, activation = distiller.teachers.nets[2], 0.0, 0.0
     for pixel, target in zip(pixels, targets, strict=True):
         features = net[:-1]((pixel[None] - 0.3) / 0.35)
-        p, y = torch.softmax(net[-1](features)[0] / 5, dim=0), torch.softmax(target / 5, dim=0)
+        p, y = torch.softmax(net[-1](features)[0] / 5, dim=0), torch.softmax(target / 2, dim=0)
         divergence += 25 * sum(float(b * (b.log() - a.log())) for a, b in zip(p, y, strict=True)) / 7
         activation += sum(abs(float(value)) for value in features[0]) / len(features[0]) / 7
     assert found == pytest.approx({"images/kl": divergence, "images/activation": -0.3 * activation}, rel=1e-4)
 
 
 def test_the_images_come_to_mean_their_targets() -> None:
-    distiller = build(image_steps=60, image_batch=50, rounds=1)
+    distiller = build(image_steps=60, image_batch=50, rounds=1, target_temperature=20.0)
     terms = distiller.run_epoch(0)
     assert terms["images/agreement"] > 0.9
     assert terms["images/kl"] < 0.05
@@ -193,10 +193,11 @@ def test_what_is_disclosed_and_the_defaults_that_are_known() -> None:
     assert SoftTargets.needs.disclosed() == ("features",)
     config = SoftTargetsConfig()
     assert (config.layer, config.sigma, config.activation_weight) == ("fc2", 2.0, 0.1)
+    assert (config.target_temperature, config.temperature) == (1.0, 20.0)
     assert config.rounds * config.image_batch == config.iterations * config.batch_size == config.pool_size == 40_000
 
 
-@pytest.mark.parametrize("change", [{"rounds": 0}, {"candidates": 0}, {"batch_size": 1}, {"sigma": 0.0}, {"temperature": -1.0}])
+@pytest.mark.parametrize("change", [{"rounds": 0}, {"candidates": 0}, {"batch_size": 1}, {"sigma": 0.0}, {"temperature": -1.0}, {"target_temperature": 0.0}])
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any]) -> None:
     ((name, value),) = change.items()
     with pytest.raises(ConfigError, match=f"{name} is {value}"):
