@@ -21,6 +21,22 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
+def factor(schedule: ScheduleName, epoch: int, iteration: int, *, epochs: int, iterations: int, milestones: Sequence[int]) -> float:
+    """The factor of a schedule by name: `multistep` in epochs, `cosine` per iteration over the whole run, or 1.
+
+    Args:
+        schedule: its name.
+        epoch: from 0, of ``epochs``.
+        iteration: from 0, of the ``iterations`` in an epoch.
+        epochs: of the run.
+        iterations: per epoch.
+        milestones: epochs, for "multistep".
+    """
+    if schedule == "multistep":
+        return multistep(epoch, milestones)
+    return cosine(epoch * iterations + iteration, epochs * iterations) if schedule == "cosine" else 1.0
+
+
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every parameter group of an optimiser this learning rate."""
     for group in optimizer.param_groups:

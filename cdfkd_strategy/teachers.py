@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cdfkd_strategy.errors import ArchitectureError
-from cdfkd_strategy.losses.statistics import batch_norm_shift, shift_distance
+from cdfkd_strategy.losses.statistics import BatchNormDistance, batch_norm_shift, shift_length
 from cdfkd_strategy.models.classifiers import final_linear
 from cdfkd_strategy.models.head_fusion import class_weights, fuse, weighted
 from cdfkd_strategy.precision import full
@@ -172,7 +172,7 @@ class TeacherEnsemble(nn.Module):
         """Log-probabilities ``[B, C]`` of the weighted ensemble (`fuse` with this ensemble's weights)."""
         return fuse(self(images), self.weights)
 
-    def observe(self, images: Tensor, *, bn: bool = True, maps: bool = False) -> TeacherOutputs:
+    def observe(self, images: Tensor, *, bn: bool = True, maps: bool = False, distance: BatchNormDistance = shift_length) -> TeacherOutputs:
         """Logits, features before the last linear layer, BatchNorm distances (DeepInversion, arXiv:1912.08795, eq. 4), and stage maps.
 
         Args:
@@ -180,23 +180,25 @@ class TeacherEnsemble(nn.Module):
             bn: compute the distances: the batch statistics of every BatchNorm2d input, in float32. Without them it
                 costs what `forward` costs, and ``bn`` is None for every teacher.
             maps: give the last map of every resolution (`models.stages`), in float32, at most four per teacher.
+            distance: of one layer; `losses.statistics` has several.
         """
-        seen = (self._recomputed(self._observe, net, images, bn, maps) for net in self.nets)
-        logits, features, shifts, stages = zip(*seen, strict=True)
-        distances = tuple(torch.stack([shift_distance(shift) for shift in layers]) if layers else None for layers in shifts)
+        seen = (self._recomputed(self._observe, net, images, bn, maps, distance) for net in self.nets)
+        logits, features, distances, stages, shifts = zip(*seen, strict=True)
         return TeacherOutputs(torch.stack(logits), features, distances, stages, shifts)
 
     def _logits(self, net: nn.Module, images: Tensor) -> Tensor:
         with self._forms.runtime.autocast():
             return full(self._forms.get(net, observed=False).net(images))
 
-    def _observe(self, original: nn.Module, images: Tensor, bn: bool, maps: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Logits ``[B, C]``, features ``[B, D_k]``, shifts of the BatchNorm layers and stage maps of one teacher."""
+    def _observe(
+        self, original: nn.Module, images: Tensor, bn: bool, maps: bool, distance: BatchNormDistance
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Logits ``[B, C]``, features ``[B, D_k]``, distances ``[L_k]``, stage maps, and shifts of the BatchNorm layers of one teacher."""
         (net, linear), staged = self._forms.staged(original, observed=bn) if maps else (self._forms.get(original, observed=bn), None)
         norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats] if bn else []
-        layers: list[Tensor] = []
+        layers: list[tuple[nn.BatchNorm2d, Tensor]] = []
         seen: list[Tensor] = []
-        hooks = [norm.register_forward_pre_hook(lambda module, inputs: layers.append(batch_norm_shift(module, inputs[0]))) for norm in norms]
+        hooks = [norm.register_forward_pre_hook(lambda module, inputs: layers.append((module, batch_norm_shift(module, inputs[0])))) for norm in norms]
         if linear is not None:
             hooks.append(linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
         try:
@@ -205,7 +207,8 @@ class TeacherEnsemble(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return full(logits), full(seen[-1]) if seen else None, tuple(layers), tuple(map(full, stages))
+        distances = torch.stack([distance(norm, shift) for norm, shift in layers]) if layers else None
+        return full(logits), full(seen[-1]) if seen else None, distances, tuple(map(full, stages)), tuple(shift for _, shift in layers)
 
     def _recomputed(self, function: Callable[..., T], net: nn.Module, images: Tensor, *more: Any) -> T:
         """``function(net, images, ...)``; its activations are computed anew in the backward pass if the runtime says so."""

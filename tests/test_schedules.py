@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from cdfkd_strategy.schedules import cosine, multistep, set_rate
+from cdfkd_strategy.schedules import cosine, factor, multistep, set_rate
 
 
 def test_multistep_is_torchs() -> None:
@@ -35,3 +35,12 @@ def test_set_rate_reaches_every_group() -> None:
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 3.0}], lr=1.0)
     set_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_factor_finds_a_schedule_by_name() -> None:
+    """Two epochs of two iterations, worked out by hand."""
+    steps = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    half = 0.5 * 2**-0.5
+    expected = {"multistep": [1, 1, 0.1, 0.1], "cosine": [1, 0.5 + half, 0.5, 0.5 - half], "constant": [1, 1, 1, 1]}
+    for name, values in expected.items():
+        assert [factor(name, *step, epochs=2, iterations=2, milestones=(1,)) for step in steps] == pytest.approx(values)  # type: ignore[arg-type]

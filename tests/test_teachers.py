@@ -103,6 +103,13 @@ def test_observe_equals_a_layer_by_layer_computation(images: torch.Tensor) -> No
     assert torch.allclose(linear(outputs.features[0]), logits)
 
 
+def test_observe_measures_with_the_distance_it_is_given(images: torch.Tensor) -> None:
+    outputs = ensemble("small_cnn").observe(images, distance=lambda norm, shift: torch.tensor(float(norm.num_features * shift.shape[0])))
+    norms = [module for module in ensemble("small_cnn").nets[0].modules() if isinstance(module, nn.BatchNorm2d)]
+    assert outputs.bn[0] is not None
+    assert outputs.bn[0].tolist() == [norm.num_features * 2 for norm in norms]
+
+
 def test_observe_leaves_no_hooks_and_can_skip_the_statistics(images: torch.Tensor) -> None:
     teachers = ensemble("small_cnn", "small_cnn_gn")
     outputs = teachers.observe(images, bn=False)

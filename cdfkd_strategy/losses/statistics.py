@@ -1,14 +1,17 @@
-"""Distance of a batch from the statistics a BatchNorm layer remembers of its training data (DeepInversion, arXiv:1912.08795)."""
+"""Distance of a batch from the statistics a BatchNorm layer remembers of its data: L2 norms (DeepInversion, arXiv:1912.08795), or KL (DFQ)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy.errors import NeedsError
 from cdfkd_strategy.precision import full, in_full
+
+BatchNormDistance = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+"""From a layer and a batch's shift ``[2, channels]`` (`batch_norm_shift`) to a scalar: `shift_length` or `shift_kl`."""
 
 
 def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
@@ -21,7 +24,7 @@ def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
         norm: a BatchNorm2d with running statistics.
         inputs: its input ``[B, channels, H, W]``.
     """
-    return shift_distance(batch_norm_shift(norm, inputs))
+    return shift_length(norm, batch_norm_shift(norm, inputs))
 
 
 def batch_norm_shift(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
@@ -38,10 +41,35 @@ def batch_norm_shift(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
         return torch.stack([shift, variance - norm.running_var])
 
 
-def shift_distance(shift: Tensor) -> Tensor:
+def shift_length(norm: nn.BatchNorm2d, shift: Tensor) -> Tensor:  # noqa: ARG001 - one signature for all
     """``||shift of the mean||_2 + ||shift of the variance||_2`` for ``[2, channels]``, a scalar."""
+    return _length(shift)
+
+
+def _length(shift: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(shift, dim=1)
     return norms.sum()
+
+
+def batch_norm_kl(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """`shift_kl` of a layer's input ``[B, channels, H, W]``; half precision is raised to float32."""
+    return shift_kl(norm, batch_norm_shift(norm, inputs))
+
+
+def shift_kl(norm: nn.BatchNorm2d, shift: Tensor) -> Tensor:
+    """``sum_c KL( N(mean_batch, var_batch) || N(running_mean, running_var) )`` of one layer, in nats.
+
+    DFQ (arXiv:2005.04136): ``((m - mu)^2 + v) / (2 sigma^2) - ln(v / sigma^2) / 2 - 1/2`` for each channel. Both variances get the
+    layer's ``eps``, as in the layer itself: a channel that was constant in training would otherwise divide by 0.
+
+    Args:
+        norm: a BatchNorm2d with running statistics.
+        shift: of a batch, ``[2, channels]``.
+    """
+    assert norm.running_var is not None
+    expected = norm.running_var + norm.eps
+    ratio = ((shift[1] + norm.running_var).clamp_min(0) + norm.eps) / expected
+    return 0.5 * (shift[0].square() / expected + ratio - ratio.log() - 1).sum()
 
 
 def _moments_about(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +129,7 @@ class AveragedStatistics:
         if self._average is not None:
             averages = self._average.to(layers[0].device).split([shift.shape[1] for shift in layers], dim=1)
             layers = [(1 - self.momentum) * shift + self.momentum * average for shift, average in zip(layers, averages, strict=True)]
-        distances = iter([shift_distance(shift) for shift in layers])
+        distances = iter([_length(shift) for shift in layers])
         return [torch.stack([next(distances) for _ in teacher]) if teacher else None for teacher in shifts]
 
     @torch.no_grad()

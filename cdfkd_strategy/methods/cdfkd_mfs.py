@@ -42,7 +42,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, set_rate
+from cdfkd_strategy.schedules import ScheduleName, factor, set_rate
 from cdfkd_strategy.teacher_draw import TeacherDraw
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, StudentOutputs, TeacherOutputs
@@ -174,13 +174,9 @@ class CDFKDMFS(Distiller):
 
     def _set_rates(self, epoch: int, iteration: int) -> None:
         config = self.config
-        factor = 1.0
-        if config.schedule == "multistep":
-            factor = multistep(epoch, config.milestones)
-        elif config.schedule == "cosine":
-            factor = cosine(epoch * config.iterations + iteration, config.epochs * config.iterations)
-        set_rate(self.student_optimizer, config.student_lr * factor)
-        set_rate(self.generator_optimizer, config.generator_lr * factor)
+        share = factor(config.schedule, epoch, iteration, epochs=config.epochs, iterations=config.iterations, milestones=config.milestones)
+        set_rate(self.student_optimizer, config.student_lr * share)
+        set_rate(self.generator_optimizer, config.generator_lr * share)
 
     def _draw(self) -> Tensor:
         assert self.generator is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdfkd_strategy.errors import ArchitectureError
-from cdfkd_strategy.losses.head_targets import head_targets
+from cdfkd_strategy.losses.head_targets import head_targets, mean_logits
 
 
 def test_a_header_per_teacher_gets_its_teacher() -> None:
@@ -32,3 +32,15 @@ def test_one_teacher_and_one_header_is_the_paper() -> None:
 def test_another_number_of_headers_is_an_error() -> None:
     with pytest.raises(ArchitectureError, match=r"2 headers for 3 teachers; accepted: 3 .* or 1"):
         head_targets(torch.zeros(3, 4, 5), torch.full((3, 5), 1 / 3), 2)
+
+
+def test_the_mean_of_logits_against_a_loop() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(3, 4, 5, generator=rng), torch.rand(3, 5, generator=rng)
+    found = mean_logits(logits, weights)
+    for b in range(4):
+        for c in range(5):
+            assert found[b, c].item() == pytest.approx(sum((weights[k, c] * logits[k, b, c]).item() for k in range(3)), rel=1e-5)
+    torch.testing.assert_close(mean_logits(logits, torch.full((3, 5), 1 / 3)), logits.mean(0))
+    assert torch.equal(head_targets(logits, weights, 1, mean_logits)[0], found)
+    assert torch.equal(head_targets(logits, weights, 3, mean_logits), logits)

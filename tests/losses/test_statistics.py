@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cdfkd_strategy.errors import NeedsError
-from cdfkd_strategy.losses.statistics import AveragedStatistics, batch_norm_distance, batch_norm_loss, batch_norm_shift
+from cdfkd_strategy.losses.statistics import AveragedStatistics, batch_norm_distance, batch_norm_kl, batch_norm_loss, batch_norm_shift
 
 
 def test_a_hand_computed_distance() -> None:
@@ -28,6 +28,35 @@ def test_against_numpy_on_random_batches() -> None:
     columns = values.transpose(1, 0, 2, 3).reshape(5, -1)
     expected = np.sqrt(((columns.mean(1) - mean) ** 2).sum()) + np.sqrt(((columns.var(1) - variance) ** 2).sum())
     assert batch_norm_distance(norm, torch.tensor(values)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kl_of_gaussians_against_numerical_integration() -> None:
+    """The definition, on a fine grid: the integral of p ln(p / q), channel by channel."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.5, 1.5, size=(6, 3, 4, 2))
+    norm = nn.BatchNorm2d(3, eps=0.0)
+    mean, variance = rng.normal(size=3), rng.uniform(0.5, 2, size=3)
+    norm.running_mean, norm.running_var = torch.tensor(mean), torch.tensor(variance)
+    grid = np.linspace(-30, 30, 200_001)
+    expected = 0.0
+    for channel in range(3):
+        column = values[:, channel].ravel()
+        p = np.exp(-((grid - column.mean()) ** 2) / (2 * column.var())) / np.sqrt(2 * np.pi * column.var())
+        q = np.exp(-((grid - mean[channel]) ** 2) / (2 * variance[channel])) / np.sqrt(2 * np.pi * variance[channel])
+        inside = p > 1e-30  # the rest is nothing, and q underflows there
+        expected += (p[inside] * np.log(p[inside] / q[inside])).sum() * (grid[1] - grid[0])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert batch_norm_kl(norm, torch.tensor(values).contiguous(memory_format=layout)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_kl_is_0_for_the_remembered_statistics_and_finite_for_a_constant_channel() -> None:
+    norm = nn.BatchNorm2d(1)
+    assert batch_norm_kl(norm, torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)).item() == pytest.approx(0.0, abs=1e-6)
+    norm.running_var = torch.zeros(1)
+    images = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    batch_norm_kl(norm, images).backward()
+    assert images.grad is not None
+    assert torch.isfinite(images.grad).all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -61,6 +90,7 @@ def test_gradcheck_in_double() -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         values = images.contiguous(memory_format=layout).requires_grad_()
         assert torch.autograd.gradcheck(lambda given: batch_norm_distance(norm, given), (values,))
+        assert torch.autograd.gradcheck(lambda given: batch_norm_kl(norm, given), (values,))
 
 
 def test_half_precision_is_raised() -> None:
