@@ -70,7 +70,7 @@ class SyntheticBatches:
         """Normalised images ``[B, channels, H, W]`` without a graph."""
         pool, earlier = self.pool, 0
         if pool is not None and len(pool):
-            earlier = round(self.size * self.recipe.replay_share)
+            earlier = min(round(self.size * self.recipe.replay_share), self.size - 2)  # BatchNorm needs two fresh ones
         fresh = self._fresh(self.size - earlier, rng)
         if pool is None:
             return fresh

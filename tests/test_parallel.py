@@ -332,7 +332,7 @@ def test_torchrun_distils_into_one_run_directory(tmp_path: Path, repository: Pat
     assert "student, merged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [["run", "digits"], ["teachers", "digits"]])
+@pytest.mark.parametrize("command", [["run", "digits"], ["teachers", "digits"], ["bench", "mnist_methods"]])
 def test_other_commands_are_for_one_process(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

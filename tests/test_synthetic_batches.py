@@ -84,6 +84,16 @@ def test_earlier_images_are_replayed_and_capped() -> None:
     assert set(values(replayed.next(rng))) == {0.2}
 
 
+def test_two_images_of_a_batch_are_always_fresh() -> None:
+    """The generator's BatchNorm has no statistics of fewer, one for each of generator and average."""
+    generator, rng = Constant(0.0), torch.Generator().manual_seed(0)
+    replayed = batches(generator, average=0.5, replay_size=10, replay_share=0.99)
+    replayed.next(rng)
+    generator.value.data.fill_(1.0)
+    replayed.generator_moved()
+    assert values(replayed.next(rng)) == pytest.approx([0.0] * 6 + [0.5, 1.0], abs=1e-2)
+
+
 def test_the_state_goes_on_exactly() -> None:
     first = batches(Constant(0.3), average=0.5, replay_size=6)
     rng = torch.Generator().manual_seed(1)

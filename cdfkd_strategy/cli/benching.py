@@ -12,6 +12,7 @@ from cdfkd_strategy.bench.running import run_bench
 from cdfkd_strategy.bench.table import entries, markdown_table, write_tables
 from cdfkd_strategy.cli.running import check_out
 from cdfkd_strategy.errors import MissingExtraError
+from cdfkd_strategy.parallel import check_alone
 from cdfkd_strategy.report import collect, find_results
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 def bench(args: argparse.Namespace) -> None:
     """Run a bench, and write its table after every run."""
+    check_alone("cdfkd bench")
     only = [f"only=[{args.only}]"] if args.only else []
     found = resolve_bench(args.config, [*args.overrides, *only])
     out = check_out(args.out, resume=args.resume)

@@ -106,6 +106,7 @@ def check_federated(config: RunConfig) -> None:
         ("student.heads", config.student.heads, "per_teacher"),
         ("student.stages", config.student.stages, MAX_STAGES),
         ("clients.init", config.clients.init, "common"),
+        ("server.transfer_set", config.server.transfer_set, None),
     )
     for name, value, accepted in settings:
         if value != accepted:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cdfkd_strategy.precision import full
+
 
 def jensen_shannon(first: Tensor, second: Tensor, temperature: float = 1.0) -> Tensor:
     """``(KL(p || m) + KL(q || m)) / 2`` with ``m = (p + q) / 2``, in nats: 0 for equal distributions, ``ln 2`` for disjoint ones.
@@ -20,7 +22,7 @@ def jensen_shannon(first: Tensor, second: Tensor, temperature: float = 1.0) -> T
     Returns:
         A scalar: summed over classes, the mean over everything else.
     """
-    p, q = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (first, second))
+    p, q = (F.log_softmax(full(logits) / temperature, dim=-1) for logits in (first, second))
     middle = torch.logaddexp(p, q) - math.log(2)
     return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)).mean() / 2
 

@@ -47,18 +47,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from cdfkd_strategy.data.best_batch import BestBatch
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.competition import competition_loss
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.losses.image_prior import image_norm, jitter, total_variation
+from cdfkd_strategy.losses.preset_labels import label_cross_entropy
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.pool_distillation import PoolDistillation
-from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -237,10 +237,8 @@ class DeepInversion(Distiller):
         """The weighted terms of stage (a) for normalised images ``[B, channels, H, W]`` and their preset labels ``[B]``."""
         config = self.config
         teachers = self.teachers.observe(images)
-        # nll[k, b] weighted by w[k, y_b]: columns of w sum to 1, so uniform weights give the plain mean over teachers
-        nll = -F.log_softmax(full(teachers.logits), dim=-1).gather(-1, labels.expand(len(self.teachers), -1).unsqueeze(-1)).squeeze(-1)
         terms = {
-            "images/cross_entropy": (self.teachers.weights[:, labels] * nll).sum(0).mean(),
+            "images/cross_entropy": label_cross_entropy(teachers.logits, labels, self.teachers.weights),
             "images/total_variation": config.resolved_tv_weight * total_variation(images),
             "images/l2": config.l2_weight * image_norm(images),
             "images/bn": config.bn_weight * batch_norm_loss(teachers.bn, config.first_layer_weight),
@@ -258,18 +256,14 @@ class DeepInversion(Distiller):
         labels = self.labels(round_)
         images = self.runtime.images(self.runtime.normal(self.config.image_batch, *self.image.shape, rng=self.rng)).requires_grad_()
         optimizer = torch.optim.Adam([images], lr=self.config.resolved_image_lr)
-        best_images, best = images.detach().clone(), torch.full((), torch.inf, device=images.device)
-        best_terms: dict[str, Tensor] = {}
+        best = BestBatch()
         for _ in range(self.config.image_steps):
             terms = self.image_loss(jitter(images, self.config.jitter, self.rng), labels)
-            total = torch.stack(list(terms.values())).sum()
-            # Chosen on the device, without a host sync, and copied before the step changes the images in place.
-            better = total.detach() < best
-            best = torch.where(better, total.detach(), best)
-            best_images = torch.where(better, images.detach(), best_images)
-            best_terms = {name: torch.where(better, value.detach(), best_terms.get(name, value.detach())) for name, value in terms.items()}
-            (images.grad,) = torch.autograd.grad(total, images)
+            values = torch.stack(list(terms.values()))
+            best.offer(values.sum(), images, values)
+            (images.grad,) = torch.autograd.grad(values.sum(), images)
             optimizer.step()
+        best_images, best_values = best.kept
         self.pool.unlabel()
         self.pool.add(best_images)
-        return dict(zip(best_terms, torch.stack(list(best_terms.values())).tolist(), strict=True))
+        return dict(zip(terms, best_values.tolist(), strict=True))

@@ -44,7 +44,7 @@ from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.schedules import ScheduleName, cosine, multistep, set_rate
+from cdfkd_strategy.schedules import ScheduleName, factor, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
@@ -169,13 +169,9 @@ class MAD(Distiller):
 
     def _set_rates(self, epoch: int, iteration: int) -> None:
         config = self.config
-        factor = 1.0
-        if config.schedule == "multistep":
-            factor = multistep(epoch, config.milestones)
-        elif config.schedule == "cosine":
-            factor = cosine(epoch * config.iterations + iteration, config.epochs * config.iterations)
-        set_rate(self.student_optimizer, config.student_lr * factor)
-        set_rate(self.generator_optimizer, config.generator_lr * factor)
+        share = factor(config.schedule, epoch, iteration, epochs=config.epochs, iterations=config.iterations, milestones=config.milestones)
+        set_rate(self.student_optimizer, config.student_lr * share)
+        set_rate(self.generator_optimizer, config.generator_lr * share)
 
     def _draw(self, generator: nn.Module) -> Tensor:
         z = self.runtime.normal(self.config.batch_size, self.config.generator.latent_dim, rng=self.rng)

@@ -51,7 +51,16 @@ def test_a_run_writes_its_directory(tmp_path: Path) -> None:
     assert load_student(tmp_path / "run").student.heads == 3
 
 
-@pytest.mark.parametrize("changes", [{"student": {"heads": "one"}}, {"student": {"heads": "plain"}}, {"student": {"stages": 1}}, {"clients": {"init": "own"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student": {"heads": "one"}},
+        {"student": {"heads": "plain"}},
+        {"student": {"stages": 1}},
+        {"clients": {"init": "own"}},
+        {"server": {"transfer_set": "images.safetensors"}},
+    ],
+)
 def test_settings_without_a_meaning_between_server_and_clients_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     (section,) = changes
     config = tiny_config(**changes)
