@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cdfkd_strategy.config import bind, override
-from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.models.classifiers import ARCHITECTURES
-from cdfkd_strategy.run_config import RunConfig, bench_root, find_config, from_values, merge, read_config
+from cdfkd_strategy.run_config import RunConfig, bench_names, bench_root, find_config, from_values, merge, read_config
 
 ROW_KEYS = ("student", "server", "cells", "like")
 """Keys of a row that are not the method's: its student, how its server weighs the teachers, the cells it is run in, and a row that it starts from."""
@@ -137,6 +137,8 @@ def resolve_bench(name: str, overrides: Iterable[str] = ()) -> BenchConfig:
     Raises:
         ConfigError: something in it is not accepted.
     """
+    if Path(name).suffix not in (".yaml", ".yml") and name not in bench_names():
+        raise UnknownNameError("bench", name, bench_names())
     path = find_config(name, bench_root())
     values = override(read_config(path), overrides)
     common = values.get("config")

@@ -103,7 +103,7 @@ def test_a_file_may_build_on_a_run_configuration_and_on_another_bench(tmp_path: 
 
 def test_benches_are_no_run_configurations() -> None:
     assert not [name for name in config_names() if name.startswith("bench/")]
-    with pytest.raises(UnknownNameError, match="unknown configuration 'nothing'"):
+    with pytest.raises(UnknownNameError, match="unknown bench 'nothing'; accepted: ablation, "):
         resolve_bench("nothing")
 
 
