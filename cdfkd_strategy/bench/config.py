@@ -12,8 +12,8 @@ from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.models.classifiers import ARCHITECTURES
 from cdfkd_strategy.run_config import RunConfig, bench_root, find_config, from_values, merge, read_config
 
-ROW_KEYS = ("student", "server", "cells")
-"""Keys of a row that are not the method's: its student, how its server weighs the teachers, and the cells it is run in."""
+ROW_KEYS = ("student", "server", "cells", "like")
+"""Keys of a row that are not the method's: its student, how its server weighs the teachers, the cells it is run in, and a row that it starts from."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class BenchRun:
         row: the name of the row.
         seed: of teachers and distillation.
         config: the resolved configuration.
+        metrics: names of its epochs' terms that the table shows.
     """
 
     cell: str
     row: str
     seed: int
     config: RunConfig
+    metrics: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -51,10 +53,13 @@ class BenchConfig:
         study: whose table it is.
         config: a run configuration (keys as there; ``base`` names another one) for all runs; its ``method``, ``study``, ``cell`` and ``seed`` are set here.
         methods: rows of the table by name: ``name`` of the method and its settings, and perhaps ``student`` (keys of the student's
-            configuration that are other ones for this row), ``server`` (the same) and ``cells`` (a list; without it the row is run in all cells).
+            configuration that are other ones for this row), ``server`` (the same) and ``cells`` (a list; without it the row is run in all cells). A row
+            that is ``like`` another one has all that the other has, except for what it says itself.
         seeds: of the runs; each has its own teachers.
         cells: settings by name: what differs from ``config``; the teachers of a cell are the same for all rows.
         only: run and show these rows only; empty is all.
+        metrics: terms of a method's epochs, as in its ``losses.csv``, that are columns of the table beside the usual ones; a method without such a
+            term has nothing there.
 
     Raises:
         ConfigError: any setting of any run is not accepted; all are bound here, before anything is trained.
@@ -66,6 +71,7 @@ class BenchConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     cells: Mapping[str, Any] = field(default_factory=lambda: {"default": {}})
     only: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, names in (("seeds", self.seeds), ("methods", self.methods), ("cells", self.cells)):
@@ -88,14 +94,25 @@ class BenchConfig:
     def _bind(self) -> Iterator[BenchRun]:
         for seed in self.seeds:
             for cell in self.cells:
-                for row, values in self.methods.items():
-                    if (not self.only or row in self.only) and cell in self._cells_of(row):
-                        yield BenchRun(cell, row, seed, self._bind_run(cell, row, values, seed))
+                for row in self.methods:
+                    if self.only and row not in self.only:
+                        continue
+                    values = self._values_of(row)
+                    if cell in self._cells_of(row, values):
+                        yield BenchRun(cell, row, seed, self._bind_run(cell, row, values, seed), self.metrics)
 
-    def _cells_of(self, row: str) -> list[str]:
+    def _values_of(self, row: str) -> Mapping[str, Any]:
         values = self.methods[row]
         if not isinstance(values, Mapping):
             raise ConfigError(f"methods.{row} is {values!r}; accepted: a mapping with the method's name and settings")
+        if "like" not in values:
+            return values
+        complete = [name for name, other in self.methods.items() if isinstance(other, Mapping) and "like" not in other]
+        if values["like"] not in complete:
+            raise ConfigError(f"methods.{row}.like is {values['like']!r}; accepted: a row that says everything itself: {', '.join(complete)}")
+        return merge(self.methods[values["like"]], values)
+
+    def _cells_of(self, row: str, values: Mapping[str, Any]) -> list[str]:
         cells = values.get("cells") or list(self.cells)
         if not isinstance(cells, list) or set(cells) - set(self.cells):
             raise ConfigError(f"methods.{row}.cells is {cells!r}; accepted: a list of {', '.join(self.cells)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class BenchRecord:
         bytes_up: of the teachers' weights, which is what clients upload.
         bytes_down: of the student's weights, times the clients.
         curve: seconds and accuracy at every evaluated epoch.
+        metrics: the bench's own columns: terms of the last epoch that has them.
     """
 
     row: str
@@ -61,6 +62,7 @@ class BenchRecord:
     bytes_up: int | None = None
     bytes_down: int | None = None
     curve: tuple[tuple[float, ...], ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def record_of(summary: Mapping[str, Any]) -> BenchRecord | None:
@@ -91,6 +93,7 @@ def measure(run: BenchRun, done: Distilled, hashes: tuple[str, ...]) -> BenchRec
         bytes_up=sum(_bytes(net) for net in teachers.nets),
         bytes_down=_bytes(student) * len(teachers),
         curve=tuple(point[1:] for point in curve),
+        metrics={name: next(row[name] for row in reversed(history) if name in row) for name in run.metrics if any(name in row for row in history)},
     )
 
 

@@ -26,7 +26,8 @@ COLUMNS = (
     "ensemble_estimated", "gap", "best_epoch", "class_entropy", "registered_as", "teachers_sha256", "commit", "error",
 )  # fmt: skip
 """Of the CSV. ``method`` is the row's name, ``teacher`` the mean of the teachers, ``gap`` what ``accuracy_last`` lacks to ``ensemble_estimated``
-(the ensemble with the weights of the run; of one teacher, the teacher); ``accuracy_best`` is selected on the test images. Accuracies are fractions."""
+(the ensemble with the weights of the run; of one teacher, the teacher); ``accuracy_best`` is selected on the test images. Accuracies are fractions.
+A bench's own columns (``metrics``) follow, under the names of the terms."""
 
 
 class Entry(NamedTuple):
@@ -74,10 +75,15 @@ def entries(summaries: Sequence[Summary]) -> list[Entry]:
     return found
 
 
+def own_columns(runs: Sequence[Entry]) -> list[str]:
+    """The metrics that benches asked for, in the order in which they come."""
+    return list(dict.fromkeys(name for run in runs for name in run.record.metrics))
+
+
 def csv_table(runs: Sequence[Entry]) -> str:
     """A row per run, in the order in which they come."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [*COLUMNS, *own_columns(runs)], lineterminator="\n")
     writer.writeheader()
     for run in runs:
         writer.writerow({key: round(value, 6) if isinstance(value, float) else value for key, value in _values(run).items()})
@@ -91,6 +97,7 @@ def _values(run: Entry) -> dict[str, Any]:
     return {
         **own,
         **shared,
+        **record.metrics,
         "cell": summary["cell"],
         "method": record.row,
         "seed": summary["seed"],
@@ -108,11 +115,11 @@ def markdown_table(runs: Sequence[Entry]) -> str:
     """A row per cell and method, the mean and standard deviation over its seeds, and where it was measured."""
     head = [
         "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", "gap", "agreement", "best epoch (selected on test)", "seconds",
-        "student steps", "generator steps", "peak memory", "class entropy",
+        "student steps", "generator steps", "peak memory", "class entropy", *(extra := own_columns(runs)),
     ]  # fmt: skip
     places = {place: [run for run in runs if run.place == place] for place in dict.fromkeys(run.place for run in runs)}
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    lines += [f"| {' | '.join(_row(place, some))} |" for place, some in places.items()]
+    lines += [f"| {' | '.join(_row(place, some, extra))} |" for place, some in places.items()]
     machines = dict.fromkeys(machine_words(origin["hardware"], run.summary["runtime"]) for run in runs for origin in origins(run.summary))
     commits = dict.fromkeys(short_commit(origin["commit"]) for run in runs for origin in origins(run.summary))
     note = (
@@ -124,7 +131,7 @@ def markdown_table(runs: Sequence[Entry]) -> str:
     return "\n".join([*lines, "", note, "", *_failures(runs)])
 
 
-def _row(place: tuple[str, str], runs: Sequence[Entry]) -> list[str]:
+def _row(place: tuple[str, str], runs: Sequence[Entry], extra: Sequence[str]) -> list[str]:
     good = [run for run in runs if run.accuracy]
     seeds = str(len(runs)) if len(good) == len(runs) else f"{len(good)} of {len(runs)}"
     names = ("agreement", "accuracy_best", "seconds", "student_steps", "generator_steps", "class_entropy")
@@ -141,6 +148,7 @@ def _row(place: tuple[str, str], runs: Sequence[Entry]) -> list[str]:
         *(_mean(of[name]) for name in ("seconds", "student_steps", "generator_steps")),
         _mean(memory),
         _mean(of["class_entropy"], ".2f"),
+        *(_mean([run.record.metrics.get(name) for run in good], ".3f") for name in extra),
     ]
 
 

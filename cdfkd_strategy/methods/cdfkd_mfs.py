@@ -278,7 +278,7 @@ class CDFKDMFS(Distiller):
 
 def _student_optimizer(config: CDFKDMFSConfig, student: MultiHeaderStudent) -> torch.optim.Optimizer:
     if config.student_optimizer == "adam":
-        return torch.optim.Adam(student.parameters(), lr=config.student_lr, betas=(config.momentum, 0.999))
+        return torch.optim.Adam(student.parameters(), lr=config.student_lr, betas=(config.momentum, 0.999), fused=True)
     return torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 

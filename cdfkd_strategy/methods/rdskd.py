@@ -11,7 +11,8 @@ Two separate stages. With T(x) the teacher's logits of x = G(z), p = softmax(T(x
     (b) only S:  L_S  = T^2 KL( softmax(T(x) / T) || softmax(S(x) / T) ),  T = 10  (Adam), G frozen
 
 The references start at 0 and are refreshed once per epoch, after the step of iteration 1: the gradient of a term is
-scaled by the exponential of its growth since then, so that a growing term is pulled back harder. There are no weights.
+scaled by the exponential of its growth since then, so that a growing term is pulled back harder. There are no weights; factors
+of the three terms, 1 unless they are set, are for asking how much weights would matter.
 G is sampled in train mode in stage (a), and in eval mode, with its running BatchNorm statistics, in stage (b).
 
 The formulas are those of the authors' code; whether the paper's text differs could not be checked.
@@ -73,6 +74,9 @@ class RDSKDConfig:
         student_lr: Adam, default betas.
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10; none for MNIST and SVHN.
         temperature: T of stage (b).
+        one_hot_factor: of exp(L_oh - L_oh^ref). The method has no weights: other factors than 1 are for comparing its robustness with that of weighted sums.
+        entropy_factor: of exp(L_ie - L_ie^ref), the same.
+        diversity_factor: of L_ds, the same.
         generator: latent width (100 for MNIST) and size of G.
     """
 
@@ -84,6 +88,9 @@ class RDSKDConfig:
     student_lr: float = 2e-3
     student_milestones: tuple[int, ...] = (800,)
     temperature: float = 10.0
+    one_hot_factor: float = 1.0
+    entropy_factor: float = 1.0
+    diversity_factor: float = 1.0
     generator: GeneratorConfig = field(default_factory=_cifar_generator)
 
     def __post_init__(self) -> None:
@@ -94,6 +101,9 @@ class RDSKDConfig:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: an even number, at least 4 (the diversity loss compares two halves)")
         if self.temperature <= 0:
             raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        for name in ("one_hot_factor", "entropy_factor", "diversity_factor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: 0 or more")
 
     @classmethod
     def toy(cls) -> RDSKDConfig:
@@ -183,9 +193,9 @@ class RDSKD(Distiller):
             logits = self.teachers(images)
         one_hot, entropy = one_hot_cross_entropy(logits), negative_class_entropy(logits)
         terms = {
-            "generator/one_hot": (one_hot - self.reference_one_hot).exp(),
-            "generator/entropy": (entropy - self.reference_entropy).exp(),
-            "generator/diversity": diversity_loss(images, F.softmax(full(logits), dim=-1)),
+            "generator/one_hot": self.config.one_hot_factor * (one_hot - self.reference_one_hot).exp(),
+            "generator/entropy": self.config.entropy_factor * (entropy - self.reference_entropy).exp(),
+            "generator/diversity": self.config.diversity_factor * diversity_loss(images, F.softmax(full(logits), dim=-1)),
         }
         self.generator_optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()

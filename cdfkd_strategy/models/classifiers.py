@@ -136,6 +136,44 @@ class LeNet(nn.Module):
         return logits
 
 
+ALEXNET = (48, 128, 192, 192, 128)
+"""Channels of AlexNet's convolutions on one of the two processors that it was divided between."""
+
+
+class AlexNet(nn.Module):
+    """AlexNet for small images (Krizhevsky et al. 2012): five convolutions, overlapping pooling after the first, second and fifth, three linear layers.
+
+    The data-free literature has an AlexNet for CIFAR and one of half its width. Their widths are a *reconstruction*: `ALEXNET`, kernels of 5, 5, 3, 3 and
+    3 px that keep the resolution, and hidden layers of 512 and 256 units; neither normalisation nor dropout.
+
+    Args:
+        image: input and classes.
+        parts: 2 halves every width.
+    """
+
+    def __init__(self, image: ImageSpec, parts: int = 1) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = image.channels
+        for index, channels in enumerate(ALEXNET):
+            kernel = 5 if index < 2 else 3
+            layers += [nn.Conv2d(before, channels // parts, kernel, padding=kernel // 2), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(3, stride=2, padding=1)] if index in (0, 1, 4) else []
+            before = channels // parts
+        self.features = nn.Sequential(*layers)
+        positions = -(-image.height // 8) * -(-image.width // 8)
+        self.hidden = nn.Sequential(
+            nn.Linear(before * positions, 512 // parts), nn.ReLU(inplace=True), nn.Linear(512 // parts, 256 // parts), nn.ReLU(inplace=True)
+        )  # fmt: skip
+        self.classifier = nn.Linear(256 // parts, image.num_classes)
+        _he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, channels, H, W]`` to logits ``[B, C]``."""
+        logits: Tensor = self.classifier(self.hidden(self.features(x).flatten(1)))
+        return logits
+
+
 # -- residual nets ---------------------------------------------------------------------------------------------
 
 
@@ -250,6 +288,8 @@ def _register() -> None:
         "lenet_bn": partial(LeNet, batch_norm=True),
         "lenet_half": partial(LeNet, widths=HALF_LENET),
         "lenet_half_bn": partial(LeNet, batch_norm=True, widths=HALF_LENET),
+        "alexnet_cifar": AlexNet,
+        "alexnet_cifar_half": partial(AlexNet, parts=2),
         "resnet8": ResNet8,
     }
     paper: dict[str, Callable[[ImageSpec], nn.Module]] = {

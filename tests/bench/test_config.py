@@ -37,6 +37,16 @@ def test_rows_of_a_cell_share_their_teachers() -> None:
     assert all(first[part] == second[part] for part in ("data", "clients", "server"))
 
 
+def test_a_row_may_be_like_another_one() -> None:
+    bench = tiny(methods={**VALUES["methods"], "more": {"like": "mfs", "student_steps": 4, "generator": {"latent_dim": 5}}})
+    mfs, more = (run for run in bench.runs if run.row in ("mfs", "more"))
+    assert (mfs.cell, more.cell, more.config.student) == ("two", "two", mfs.config.student)
+    different = {key: value for key, value in more.config.method.items() if value != mfs.config.method[key]}
+    assert different == {"student_steps": 4, "generator": {**mfs.config.method["generator"], "latent_dim": 5}}
+    with pytest.raises(ConfigError, match=r"methods.last.like is 'more'; accepted: a row that says everything itself: rdskd, mfs"):
+        tiny(methods={**VALUES["methods"], "more": {"like": "mfs"}, "last": {"like": "more"}})
+
+
 def test_only_some_rows() -> None:
     assert [run.row for run in tiny("only=[mfs]").runs] == ["mfs"]
     with pytest.raises(ConfigError, match="only names the rows dafl; accepted: rdskd, mfs"):
@@ -51,6 +61,7 @@ def test_only_some_rows() -> None:
         (["methods.mfs.student.backbone=resnet9"], "unknown architecture 'resnet9'"),
         (["methods.mfs.student.heads=two"], "student.heads is 'two'"),
         (["methods.mfs.cells=[three]"], "methods.mfs.cells is ['three']; accepted: a list of one, two"),
+        (["methods.mfs.like=best"], "methods.mfs.like is 'best'; accepted: a row that says everything itself: rdskd"),
         (["methods.mfs=cdfkd_mfs"], "methods.mfs is 'cdfkd_mfs'; accepted: a mapping"),
         (["cells.two.clients.cuont=3"], "row 'rdskd' in cell 'two': unknown key clients.cuont"),
         (["config.clients.architectures=[lenet6]"], "unknown architecture 'lenet6'"),

@@ -93,6 +93,18 @@ def test_rows_have_the_same_teachers_and_students_of_their_own(done: Path) -> No
     assert found["teachers"] == [found["ensemble_uniform"]] == [found["ensemble_oracle"]], "one centralised teacher"
 
 
+def test_a_column_of_the_bench_is_the_term_of_the_last_epoch_that_has_it(tmp_path: Path, done: Path) -> None:
+    bench = tiny("only=[rdskd]", "cells={one: {}}", "metrics=[generator/one_hot, student/kl, images/none]")
+    (summary,) = run_bench(bench, tmp_path, teachers=done / "teachers")
+    with (tmp_path / "one" / "rdskd-seed4" / "losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    record = record_of(summary)
+    assert record is not None
+    assert list(record.metrics) == ["generator/one_hot", "student/kl"]
+    assert record.metrics["generator/one_hot"] == pytest.approx(float(rows[1]["generator/one_hot"])), "epochs 1 and 2 train the generator"
+    assert record.metrics["student/kl"] == pytest.approx(float(rows[3]["student/kl"]))
+
+
 def test_class_entropy_is_that_of_a_histogram() -> None:
     teachers = trained_ensemble(2)
     images = torch.randn(512, *DIGITS.shape, generator=torch.Generator().manual_seed(1))

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from cdfkd_strategy import seeding
 from cdfkd_strategy.bench.config import BenchConfig, resolve_bench
 from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.engine import distill
+from cdfkd_strategy.engine_config import EngineConfig
+from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.run_config import bench_names
+from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import Extras, ImageSpec
+from cdfkd_strategy.warm_start import chosen_student
+from tests.test_paper_configs import shortened
 
-STUDIES = ("ablation", "cifar10_methods", "mnist_methods", "mnist_tuning")
+STUDIES = ("ablation", "cgdd_images", "cifar10_methods", "mnist_methods", "mnist_tuning", "rdskd_robustness")
+IMAGES = {"mnist": ImageSpec(1, 28, 28, 10), "fashion_mnist": ImageSpec(1, 28, 28, 10), "cifar10": ImageSpec(3, 32, 32, 10)}
+REFERENCES = ("kd", "noise")
 
 
 def changed(bench: BenchConfig, row: str, cell: str) -> dict[str, object]:
@@ -32,6 +46,80 @@ def test_rows_of_a_cell_are_made_on_the_same_teachers(name: str) -> None:
         assert run.config.engine.precision != "auto", "what one row finds fastest, another might not"
         assert run.config.engine.max_seconds is None, "budgets are in steps"
     assert len(homes) == len(bench.seeds) * len(bench.cells)
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "mnist_tuning"])
+def test_every_row_runs_on_the_networks_of_its_cell(name: str) -> None:
+    """Untrained teachers of the cell's architectures, images of the right size, one iteration of four images: needs are met and networks fit together."""
+    bench = resolve_bench(name)
+    for run in (run for run in bench.runs if run.seed == bench.seeds[0]):
+        config, image = run.config, IMAGES[str(run.config.data.name)]
+        method, settings = config.method_config()
+        with seeding.seeded_scope("study"):
+            teachers = TeacherEnsemble([build_classifier(config.clients.architecture(k), image) for k in range(config.clients.count)], image=image)
+        want = config.student
+        student = chosen_student(want.heads, want.backbone, teachers, max_width=want.max_width, init=want.init, stages=want.stages, seed=0)
+        real = Extras(proxy_data=torch.randn(8, *image.shape)) if get_method(method).needs.proxy_data else None
+        engine = EngineConfig(device="cpu", threads=1, precision="float32", watch_images=0, progress=False)
+        result = distill(teachers, student, method, config=shortened(settings, 4), image=image, engine=engine, extras=real)
+        assert all(math.isfinite(value) for row in result.history for value in row.values()), run.path
+
+
+@pytest.mark.parametrize("name", ["cifar10_methods", "mnist_methods"])
+def test_every_method_has_a_row(name: str) -> None:
+    bench = resolve_bench(name)
+    own = {method for method in METHODS if get_method(method).__module__.startswith("cdfkd_strategy.")}
+    assert {str(run.config.method["name"]) for run in bench.runs} == own
+    adaptive = [run.row for run in bench.runs if run.config.method.get("adaptive_weight", 0.0) > 0]
+    assert set(adaptive) == {"adaptive_deep_inversion"}
+
+
+def test_every_method_has_the_same_number_of_settings_to_choose_from() -> None:
+    methods, tuning = resolve_bench("mnist_methods"), resolve_bench("mnist_tuning")
+    found = {run.row: run.config.method for run in tuning.runs}
+    settings: dict[str, int] = {}
+    for row, values in found.items():
+        start = row.partition("-")[0]
+        assert start in methods.methods, row
+        different = [key for key, value in values.items() if value != found[start][key]]
+        assert bool(different) == (row != start), f"{row} says what it changes"
+        if start not in REFERENCES:
+            name = str(values["name"])
+            settings[name] = settings.get(name, 0) + 1
+    assert settings.pop("deep_inversion") == 4, "both of its rows"
+    assert set(settings.values()) == {3}
+
+
+def test_the_grid_of_rdskd_is_the_grid_of_dafl() -> None:
+    bench = resolve_bench("rdskd_robustness")
+    rows = {run.row: run.config.method for run in bench.runs if run.seed == 0}
+    terms = {
+        "one_hot": ("one_hot_weight", "one_hot_factor"),
+        "entropy": ("entropy_weight", "entropy_factor"),
+        "third": ("activation_weight", "diversity_factor"),
+    }
+    assert len(rows) == 2 * (1 + 2 * len(terms))
+    for term, keys in terms.items():
+        for word, scale in (("tenth", 0.1), ("tenfold", 10.0)):
+            for method, key in zip(("dafl", "rdskd"), keys, strict=True):
+                mine = rows[f"{method}-{term}_{word}"]
+                assert mine[key] == pytest.approx(scale * rows[method][key])
+                assert {**mine, key: rows[method][key]} == rows[method]
+    assert all(rows["rdskd"][key] == 1.0 for _, key in terms.values())
+
+
+def test_the_columns_of_cgdd_are_terms_of_its_epochs() -> None:
+    bench = resolve_bench("cgdd_images")
+    assert bench.metrics == ("images/label_agreement", "images/class_balance")
+    assert all(run.metrics == bench.metrics for run in bench.runs)
+    image = IMAGES["mnist"]
+    with seeding.seeded_scope("study"):
+        teachers = TeacherEnsemble([build_classifier("lenet_bn", image)], image=image)
+    student = chosen_student("plain", "lenet_half", teachers, max_width=None, init="random", seed=0)
+    settings = shortened(get_method("cgdd").Config(), 4)
+    engine = EngineConfig(device="cpu", threads=1, precision="float32", watch_images=0, progress=False)
+    (row,) = distill(teachers, student, "cgdd", config=settings, image=image, engine=engine).history
+    assert set(bench.metrics) <= set(row)
 
 
 def test_mnist_has_the_classical_networks_and_tuning_looks_at_no_test_image() -> None:
@@ -60,6 +148,10 @@ def test_every_row_of_the_ablation_changes_what_its_name_says() -> None:
     for cell in ("same", "skewed"):
         assert {row: changed(bench, row, cell) for row in expected} == expected
     assert changed(bench, "uniform_weights", "skewed") == {"server.weights": "uniform"}
-    full = bench.methods["full"]
-    assert full["iterations"] * (5 + 1) == expected["one_to_one"]["method.iterations"] * (1 + 1)  # type: ignore[operator]
+    full, dfed = ({run.row: run.config for run in bench.runs}[row] for row in ("full", "dfed"))
+    assert (dfed.method["name"], dfed.student.heads, dfed.student.stages) == ("dfed", "per_teacher", 1)
+    shared = set(dfed.method) & set(full.method) - {"name"}
+    assert len(shared) > 8
+    assert {key: dfed.method[key] for key in shared if key != "milestones"} == {key: full.method[key] for key in shared if key != "milestones"}
+    assert full.method["iterations"] * (5 + 1) == int(str(expected["one_to_one"]["method.iterations"])) * (1 + 1)
     assert not [run for run in bench.runs if run.row == "uniform_weights" and run.cell == "same"]

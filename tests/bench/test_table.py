@@ -77,6 +77,20 @@ def test_markdown_has_means_over_seeds_and_says_what_failed(runs: Path) -> None:
     assert "Failed" not in markdown_table(entries(find_results(runs / "x0")))
 
 
+def test_a_bench_may_have_columns_of_its_own(runs: Path) -> None:
+    for seed, agreement in ((0, 0.5), (1, 0.75)):
+        run(runs / f"more{seed}", "more", seed, 0.5, metrics={"images/label_agreement": agreement, "student/kl": 0.1})
+    found = entries(find_results(runs))
+    rows = {(row["method"], row["seed"]): row for row in csv.DictReader(io.StringIO(csv_table(found)))}
+    assert list(rows["more", "0"]) == [*COLUMNS, "images/label_agreement", "student/kl"]
+    assert [rows["more", seed]["images/label_agreement"] for seed in "01"] == ["0.5", "0.75"]
+    assert rows["good", "0"]["images/label_agreement"] == "", "a method without such a term"
+    lines = {line.split("|")[2].strip(): line for line in markdown_table(found).splitlines() if line.startswith("| c ")}
+    assert lines["more"].endswith("| 2.25 | 0.625 | 0.100 |")
+    assert lines["good"].endswith("| 2.25 | - | - |")
+    assert markdown_table(found).splitlines()[0].endswith("| class entropy | images/label_agreement | student/kl |")
+
+
 def test_rows_on_other_teachers_are_not_compared(runs: Path) -> None:
     run(runs / "z", "other", 1, 0.9, teachers=("1a", "2b"))
     with pytest.raises(CDFKDError, match=r"rows of s/c, seed 1, were not made on the same teachers"):

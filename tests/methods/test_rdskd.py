@@ -44,10 +44,10 @@ def frobenius(difference: Tensor) -> Tensor:
     return (difference**2).sum() ** 0.5
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_stage_a_equals_a_plain_reference(count: int) -> None:
+@pytest.mark.parametrize(("count", "factors"), [(1, (1.0, 1.0, 1.0)), (3, (1.0, 1.0, 1.0)), (1, (0.1, 3.0, 10.0))])
+def test_stage_a_equals_a_plain_reference(count: int, factors: tuple[float, float, float]) -> None:
     """Two epochs written from the paper's symbols: softmax and log, the quotient as it stands, references as floats; losses are means over teachers."""
-    distiller = build(count, generator_epochs=2)
+    distiller = build(count, generator_epochs=2, **dict(zip(("one_hot_factor", "entropy_factor", "diversity_factor"), factors, strict=True)))
     config = distiller.config
     generator, rng = copy.deepcopy(distiller.generator), seeding.generator(SEED)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
@@ -67,6 +67,7 @@ def test_stage_a_equals_a_plain_reference(count: int) -> None:
                 entropy = entropy + (mean * torch.log(mean)).sum() / count
                 diversity = diversity + 1 / (frobenius(x2 - x1) / frobenius(p2 - p1) + 1e-20) / count
             terms = [torch.exp(one_hot - one_hot_reference), torch.exp(entropy - entropy_reference), diversity]
+            terms = [factor * term for factor, term in zip(factors, terms, strict=True)]
             optimizer.zero_grad()
             (terms[0] + terms[1] + terms[2]).backward()
             optimizer.step()
@@ -205,6 +206,7 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
     config = RDSKDConfig()
     assert (config.generator_epochs, config.student_epochs, config.iterations, config.batch_size) == (20, 1000, 120, 512)
     assert (config.generator_lr, config.student_lr, config.student_milestones, config.temperature) == (1e-3, 2e-3, (800,), 10.0)
+    assert (config.one_hot_factor, config.entropy_factor, config.diversity_factor) == (1.0, 1.0, 1.0), "the method has no weights"
     assert config.generator == GeneratorConfig(latent_dim=1000)
 
 
@@ -215,6 +217,7 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
         ({"batch_size": 33}, "an even number"),
         ({"batch_size": 2}, "at least 4"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"diversity_factor": -1.0}, "diversity_factor is -1.0; accepted: 0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any], message: str) -> None:

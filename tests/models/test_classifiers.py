@@ -11,7 +11,7 @@ from cdfkd_strategy.models.classifiers import ARCHITECTURES, build_classifier, f
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.types import ImageSpec
 
-SMALL = ("small_cnn", "small_cnn_gn", "lenet", "lenet_bn", "lenet_half", "lenet_half_bn", "resnet8", "wrn16_1")
+SMALL = ("small_cnn", "small_cnn_gn", "lenet", "lenet_bn", "lenet_half", "lenet_half_bn", "alexnet_cifar_half", "resnet8", "wrn16_1")
 
 
 def count(model: nn.Module) -> int:
@@ -48,6 +48,20 @@ def test_half_lenet_has_half_of_every_width():
     assert parameters == 15_738
     assert count(build_classifier("lenet_half", ImageSpec(1, 28, 28, 10))) == parameters
     assert count(build_classifier("lenet_half_bn", ImageSpec(1, 28, 28, 10))) == parameters + 2 * (3 + 8 + 60 + 42)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "hidden"), [("alexnet_cifar", (48, 128, 192, 192, 128), (512, 256)), ("alexnet_cifar_half", (24, 64, 96, 96, 64), (256, 128))]
+)
+def test_alexnet_and_its_half_are_five_convolutions_and_three_linear_layers(name, channels, hidden):
+    model = build_classifier(name, ImageSpec(3, 32, 32, 10))
+    kernels, before = (5, 5, 3, 3, 3), (3, *channels[:-1])
+    parameters = sum((k * k * i + 1) * o for k, i, o in zip(kernels, before, channels, strict=True))
+    positions = 4 * 4  # 32 px, halved three times
+    parameters += (channels[-1] * positions + 1) * hidden[0] + (hidden[0] + 1) * hidden[1] + (hidden[1] + 1) * 10
+    assert parameters == {"alexnet_cifar": 2_115_018, "alexnet_cifar_half": 530_666}[name]
+    assert count(model) == parameters
+    assert final_linear(model).in_features == hidden[1], "the layer before is FC-2"
 
 
 @pytest.mark.parametrize("name", SMALL)
