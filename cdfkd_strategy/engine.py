@@ -41,7 +41,7 @@ SYNTHETIC_FILE = "synthetic.safetensors"
 KEPT_IMAGES = 64
 """Synthetic images that a run directory keeps to look at: a square grid."""
 SAMPLED_AT_ONCE = 256
-"""Images of a transfer set that a generator makes at a time."""
+"""Images of a transfer set that a generator makes at a time: always as many, since its BatchNorm layers take the statistics of a batch."""
 
 
 class DistillResult(NamedTuple):
@@ -192,12 +192,12 @@ def _keep_transfer_set(directory: Path, run: _Run, count: int) -> None:
         pixels = pool.pixels[pool.choose(min(count, len(pool)), rng)]
     else:
         with distiller.runtime.scope():
-            parts = [distiller.sample(min(SAMPLED_AT_ONCE, count - start), rng) for start in range(0, count, SAMPLED_AT_ONCE)]
+            parts = [distiller.sample(SAMPLED_AT_ONCE, rng) for _ in range(0, count, SAMPLED_AT_ONCE)]
         made = [distiller.image.to_pixels(part).mul(255).round().to(torch.uint8).cpu() for part in parts if part is not None]
         if not made:
             logger.warning("method %r has made no images, so that there is no transfer set to keep", distiller.name)
             return
-        pixels = torch.cat(made)
+        pixels = torch.cat(made)[:count]
     origin = Origin(distiller.image, distiller.name, run.seed, tuple(run.identity["teachers"]))
     save_transfer_set(directory / FILE_NAME, TransferSet(pixels, origin))
     logger.info("transfer set: %d images in %s", len(pixels), directory / FILE_NAME)

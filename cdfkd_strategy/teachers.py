@@ -151,7 +151,7 @@ class TeacherEnsemble(nn.Module):
     def prepared(self, runtime: Runtime, resident: int = 0, *, sharded: bool = False) -> Iterator[TeacherEnsemble]:
         """Compute inside the block on the runtime's device and as it says; results stay the same up to rounding.
 
-        Weights must not change inside: working copies would not follow. They are dropped at the end; the device is kept.
+        Weights must not change inside: working copies would not follow. They are dropped at the end; the device is kept, unless ``resident``.
 
         Args:
             runtime: device, layout, precision; whether BatchNorm is folded, and whether teachers are computed a second time in the backward pass.
@@ -161,14 +161,17 @@ class TeacherEnsemble(nn.Module):
         sharded = sharded and parallel.size() > 1
         if sharded and not resident:
             resident = 2 * -(-len(self) // parallel.size())  # folded, and with their BatchNorm
+        weights = self.weights
         if resident:
-            self.weights = self.weights.to(runtime.device)
+            self.weights = weights.to(runtime.device)
         before, self._forms = self._forms, TeacherForms(self.image, runtime, resident, sharded=sharded)
         try:
             with nullcontext() if resident else runtime.computing(self):
                 yield self
         finally:
             self._forms = before
+            if resident:  # the networks stayed where they were, and the ensemble is asked further on
+                self.weights = weights
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[K, B, C]`` of normalised images, differentiable in the images only."""

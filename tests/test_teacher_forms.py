@@ -128,6 +128,16 @@ def test_a_folded_network_that_says_something_else_is_not_used(images: Tensor, m
     assert "is off by" in caplog.text
 
 
+@pytest.mark.parametrize("resident", [0, 1])
+def test_class_weights_are_on_the_device_inside_and_beside_the_networks_afterwards(resident: int, images: Tensor) -> None:
+    """With copies of some only, the networks never leave the CPU, and the ensemble can be asked there when the distillation is over."""
+    teachers = ensemble("small_cnn", "lenet_bn")
+    expected, elsewhere = teachers.fused(images), Runtime(device="meta" if resident else "cpu")
+    with teachers.prepared(elsewhere, resident):
+        assert teachers.weights.device.type == elsewhere.device
+    assert torch.allclose(teachers.fused(images), expected)
+
+
 def test_no_more_than_the_resident_teachers_have_copies(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers = ensemble("small_cnn", "small_cnn", "lenet_bn", "small_cnn")
     expected = teachers.observe(images)

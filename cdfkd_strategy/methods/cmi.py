@@ -288,7 +288,8 @@ class CMI(Distiller):
             for parameter, gradient in zip(learned, torch.autograd.grad(values.sum(), learned), strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            self.head_optimizer.step()
+            if config.contrastive_weight > 0:
+                self.head_optimizer.step()
         best_images, best_features, best_values = best.kept
         self.pool.add(best_images)
         if config.contrastive_weight > 0:

@@ -16,6 +16,7 @@ from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError
 from cdfkd_strategy.methods.cmi import CMI, CMIConfig
 from cdfkd_strategy.models.generators import build_generator
 from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.step_counter import GENERATOR_STEPS, StepCounter
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
 from tests.methods.trained_teachers import DIGITS, tiny_student, trained_ensemble
 
@@ -159,9 +160,11 @@ def test_bank_and_negatives_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         assert len(distiller.bank) == held
 
 
-def test_without_weight_there_is_no_local_view() -> None:
+def test_without_weight_there_is_no_local_view_and_no_step_of_the_head() -> None:
     distiller = build(contrastive_weight=0.0)
-    assert list(distiller.run_epoch(0)) == ["images/bn", "images/cross_entropy"]
+    with StepCounter(distiller.student).counting() as steps:
+        assert list(distiller.run_epoch(0)) == ["images/bn", "images/cross_entropy"]
+    assert steps[GENERATOR_STEPS] == distiller.config.inversion_steps
     assert len(distiller.bank) == 0
 
 
