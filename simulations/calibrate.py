@@ -117,7 +117,6 @@ def distillation_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict
             last = summary["rounds"][-1]
             row = {"federation": base, "seed": seed, "candidate": about["candidate"], "overrides": " ".join(about["overrides"])}
             row |= {key: last["accuracy"][key] for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged")}
-            row["seconds"] = last["seconds"]["distill"]
             yield row | {"commit_of_run": " ".join(dict.fromkeys(str(origin["commit"]) for origin in origins(summary)))}
 
 

@@ -104,7 +104,6 @@ def recipes(rows: Sequence[Mapping[str, str]]) -> str:
         candidates.setdefault(row["candidate"], []).append(row)
     found = {name: [100 * float(row["student_merged"]) for row in own] for name, own in candidates.items()}
     ordered = sorted(found, key=lambda name: -mean(found[name]))
-    seconds = {name: mean(float(row["seconds"]) for row in own) for name, own in candidates.items()}
     table = markdown(
         ["recipe", "federations", "accuracy", "seconds"], [[name, str(len(found[name])), spread(found[name]), f"{seconds[name]:.0f}"] for name in ordered]
     )

@@ -3,7 +3,8 @@
     python simulations/benchmarks/stacking.py [--repeats N]
 
 Both ways take the same images in the layout and precision that the product chooses, without folding BatchNorm (a folded network is of a
-class of its own, and vmap stacks one class); a pass forward, and one that gives the gradient at the images. Result: simulations/results/speed/<machine>-stacking.json, medians of milliseconds.
+class of its own, and vmap stacks one class): a pass forward, and one that gives the gradient at the images. Result:
+simulations/results/speed/<machine>-stacking.json, medians of milliseconds.
 """
 
 from __future__ import annotations
