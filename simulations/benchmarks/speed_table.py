@@ -104,10 +104,8 @@ def recipes(rows: Sequence[Mapping[str, str]]) -> str:
         candidates.setdefault(row["candidate"], []).append(row)
     found = {name: [100 * float(row["student_merged"]) for row in own] for name, own in candidates.items()}
     ordered = sorted(found, key=lambda name: -mean(found[name]))
-    table = markdown(
-        ["recipe", "federations", "accuracy", "seconds"], [[name, str(len(found[name])), spread(found[name]), f"{seconds[name]:.0f}"] for name in ordered]
-    )
-    note = f"Merged student on held-out training images, %, last iteration; seconds on one thread beside other work. Commit {rows[0]['commit'][:10]}."
+    table = markdown(["recipe", "federations", "accuracy"], [[name, str(len(found[name])), spread(found[name])] for name in ordered])
+    note = f"Merged student on held-out training images, %, last iteration. Commit {rows[0]['commit'][:10]}."
     return "\n".join([*table, "", note, ""])
 
 
