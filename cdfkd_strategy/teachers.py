@@ -190,7 +190,7 @@ class TeacherEnsemble(nn.Module):
             images: normalised, ``[B, channels, H, W]``.
             bn: compute the distances: the batch statistics of every BatchNorm2d input, in float32. Without them it
                 costs what `forward` costs, and ``bn`` is None for every teacher.
-            maps: give the last map of every resolution (`models.stages`), in float32, at most four per teacher.
+            maps: give the last map of every resolution (`models.stages`), at most four per teacher, as it was computed: gradients of logits reach it.
             distance: of a BatchNorm layer's batch statistics from its running ones; `losses.statistics` has several.
         """
         if self._asks_others:
@@ -231,7 +231,7 @@ class TeacherEnsemble(nn.Module):
             for hook in hooks:
                 hook.remove()
         distances = torch.stack([distance(norm, shift) for norm, shift in layers]) if layers else None
-        return full(logits), full(seen[-1]) if seen else None, distances, tuple(map(full, stages)), tuple(shift for _, shift in layers)
+        return full(logits), full(seen[-1]) if seen else None, distances, tuple(stages), tuple(shift for _, shift in layers)
 
     def _recomputed(self, function: Callable[..., T], net: nn.Module, images: Tensor, *more: Any) -> T:
         """``function(net, images, ...)``; its activations are computed anew in the backward pass if the runtime says so."""

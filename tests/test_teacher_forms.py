@@ -202,18 +202,20 @@ def test_maps_and_their_gradients_are_the_same_in_every_form(runtime: Runtime, r
     plain, again = images.clone().requires_grad_(), images.clone().requires_grad_()
 
     def total(maps: tuple[tuple[Tensor, ...], ...]) -> Tensor:
-        return torch.stack([here.square().mean() for stages in maps for here in stages]).sum()
+        return torch.stack([here.float().square().mean() for stages in maps for here in stages]).sum()
 
     expected = teachers.observe(plain, bn=bn, maps=True)
     total(expected.maps).backward()
     with teachers.prepared(runtime, resident):
         found = teachers.observe(again, bn=bn, maps=True)
+        reached = torch.autograd.grad(found.logits.float().sum(), [here for stages in found.maps for here in stages], retain_graph=True)
         total(found.maps).backward()
         assert (teachers.observe(images, bn=False, maps=True).maps[0][0] - expected.maps[0][0]).norm() < 0.02 * expected.maps[0][0].norm()
     for mine, theirs in zip(found.maps, expected.maps, strict=True):
         assert [here.shape for here in mine] == [here.shape for here in theirs]
-        assert {here.dtype for here in mine} == {torch.float32}
+        assert {here.dtype for here in mine} == {torch.bfloat16 if half else torch.float32}
         assert all((one - other).norm() < (0.03 if half else 1e-4) * other.norm() for one, other in zip(mine, theirs, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in reached), "the logits are computed from the maps that are given"
     assert cosine(again.grad, plain.grad) > (0.98 if half else 0.9999)
     assert torch.allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-4) or half
     assert all((mine is None) is not bn for mine in found.bn)

@@ -58,6 +58,7 @@ from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.generators import Generator, GeneratorConfig, build_generator
 from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.pool_distillation import PoolDistillation
+from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -316,4 +317,4 @@ class CMI(Distiller):
 
 def _stage_means(teachers: TeacherOutputs) -> Tensor:
     """The means over positions of all maps of all teachers ``[B, D]``."""
-    return torch.cat([maps.mean(dim=(2, 3)) for stages in teachers.maps for maps in stages], dim=1)
+    return torch.cat([full(maps).mean(dim=(2, 3)) for stages in teachers.maps for maps in stages], dim=1)

@@ -177,9 +177,9 @@ class MultiHeaderStudent(nn.Module):
         return self._answers(self.trunk_features(x))
 
     def observe(self, x: Tensor) -> tuple[StudentOutputs, tuple[Tensor, ...]]:
-        """What `forward` gives, and the trunk's maps ``u_s [B, channels_s, H_s, W_s]`` before they are narrowed, in float32, finest first."""
+        """What `forward` gives, and the trunk's maps ``u_s [B, channels_s, H_s, W_s]`` before they are narrowed, as they were computed, finest first."""
         maps = self.trunk(x)
-        return self._answers(self._narrowed(maps)), tuple(full(here) for here in maps)
+        return self._answers(self._narrowed(maps)), tuple(maps)
 
     def _narrowed(self, maps: list[Tensor]) -> list[Tensor]:
         return [narrow(here) for narrow, here in zip(self.narrow, maps, strict=True)]

@@ -64,7 +64,7 @@ class PlainStudent(nn.Module):
         return StudentOutputs(full(logits)[None], full(seen[-1])[None])
 
     def observe(self, x: Tensor) -> tuple[StudentOutputs, tuple[Tensor, ...]]:
-        """What `forward` gives, and the maps of the network's stages ``[B, channels_s, H_s, W_s]`` in float32, finest first.
+        """What `forward` gives, and the maps of the network's stages ``[B, channels_s, H_s, W_s]`` as they were computed, finest first.
 
         Raises:
             ArchitectureError: the network has no stages.
@@ -73,7 +73,7 @@ class PlainStudent(nn.Module):
             self._staged = (with_stages(self.net, self.image),)
         with self._features() as seen:
             logits, maps = self._staged[0](x)
-        return StudentOutputs(full(logits)[None], full(seen[-1])[None]), tuple(full(here) for here in maps)
+        return StudentOutputs(full(logits)[None], full(seen[-1])[None]), tuple(maps)
 
     @contextmanager
     def _features(self) -> Iterator[list[Tensor]]:
