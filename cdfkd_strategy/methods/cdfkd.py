@@ -53,6 +53,7 @@ from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 
@@ -162,12 +163,10 @@ class CDFKD(Distiller):
         set_rate(self.student_optimizer, self.config.student_lr * multistep(epoch, self.config.student_milestones))
         self.generator.train()
         self.student.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for _ in range(self.config.iterations):
-            for name, value in self.step().items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
-        values = (torch.stack(list(sums.values())) / self.config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+            means.add(self.step())
+        return means.means()  # the epoch's only host sync
 
     def student_loss(self, student: Tensor, teachers: Tensor) -> LossTerms:
         """The weighted terms of L_S for logits ``[heads, B, C]`` and ``[K, B, C]``."""

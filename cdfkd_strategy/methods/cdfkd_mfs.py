@@ -48,6 +48,7 @@ from cdfkd_strategy.schedules import ScheduleName, factor, one_cycle, set_moment
 from cdfkd_strategy.synthetic_batches import BatchRecipe, SyntheticBatches
 from cdfkd_strategy.teacher_draw import TeacherDraw
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, StudentOutputs, TeacherOutputs
 
 
@@ -182,18 +183,16 @@ class CDFKDMFS(Distiller):
         self.student.train()
         assert self.generator is not None
         self.generator.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for iteration in range(self.config.iterations):
             self._set_rates(epoch, iteration)
             for step in range(self.config.student_steps):
                 if step % self.config.batches.reuse == 0:
                     batch = self.next_batch()
-                _accumulate(sums, "student", self.student_step(batch), self.config.student_steps)
+                means.add(self.student_step(batch), "student/")
             for _ in range(self.config.generator_steps):
-                _accumulate(sums, "generator", self.generator_step(), self.config.generator_steps)
-        names = sorted(sums)
-        values = (torch.stack([sums[name] for name in names]) / self.config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(names, values, strict=True))
+                means.add(self.generator_step(), "generator/")
+        return dict(sorted(means.means().items()))  # the epoch's only host sync
 
     def _set_rates(self, epoch: int, iteration: int) -> None:
         config, epochs, iterations = self.config, self.config.epochs, self.config.iterations
@@ -280,9 +279,3 @@ def _student_optimizer(config: CDFKDMFSConfig, student: MultiHeaderStudent) -> t
     if config.student_optimizer == "adam":
         return torch.optim.Adam(student.parameters(), lr=config.student_lr, betas=(config.momentum, 0.999), fused=True)
     return torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def _accumulate(sums: dict[str, Tensor], prefix: str, terms: LossTerms, steps: int) -> None:
-    for name, value in terms.items():
-        key = f"{prefix}/{name}"
-        sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach() / steps

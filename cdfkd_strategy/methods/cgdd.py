@@ -62,6 +62,7 @@ from cdfkd_strategy.models.multi_header import with_maps
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import cosine, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, TeacherOutputs
 
 
@@ -178,18 +179,18 @@ class CGDD(Distiller):
         config = self.config
         self.generator.train()
         self.student.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         classes = torch.zeros(self.image.num_classes, device=self.runtime.device)
         for iteration in range(config.iterations):
             factor = cosine(epoch * config.iterations + iteration, config.epochs * config.iterations)
             set_rate(self.student_optimizer, config.student_lr * factor)
             set_rate(self.generator_optimizer, config.generator_lr * factor)
             for _ in range(config.student_steps):
-                _accumulate(sums, self._student_step(classes), config.student_steps * config.iterations)
+                means.add(self._student_step(classes))
             for _ in range(config.generator_steps):
-                _accumulate(sums, self._generator_step(), config.generator_steps * config.iterations)
-        sums["images/class_balance"] = torch.special.entr(classes / classes.sum()).sum() / math.log(len(classes))
-        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))  # the epoch's only host sync
+                means.add(self._generator_step())
+        means.add({"images/class_balance": torch.special.entr(classes / classes.sum()).sum() / math.log(len(classes))})
+        return means.means()  # the epoch's only host sync
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor | None:
         """Images of all classes in turn, from a random one."""
@@ -262,8 +263,3 @@ class CGDD(Distiller):
             parameter.grad = gradient
         self.generator_optimizer.step()
         return terms
-
-
-def _accumulate(sums: dict[str, Tensor], terms: LossTerms, steps: int) -> None:
-    for name, value in terms.items():
-        sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / steps

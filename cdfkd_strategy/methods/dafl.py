@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
@@ -47,6 +47,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 
@@ -160,12 +161,10 @@ class DAFL(Distiller):
         set_rate(self.student_optimizer, self.config.student_lr * multistep(epoch, self.config.student_milestones))
         self.generator.train()
         self.student.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for _ in range(self.config.iterations):
-            for name, value in self.step().items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
-        values = (torch.stack(list(sums.values())) / self.config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+            means.add(self.step())
+        return means.means()  # the epoch's only host sync
 
     def step(self) -> LossTerms:
         """One step of both networks on the same fresh batch; gives the terms of L_G and L_S."""

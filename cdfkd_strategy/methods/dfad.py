@@ -42,6 +42,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import ScheduleName, factor, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 
@@ -130,17 +131,15 @@ class DFAD(Distiller):
         config = self.config
         self.generator.train()
         self.student.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for iteration in range(config.iterations):
             share = factor(config.schedule, epoch, iteration, epochs=config.epochs, iterations=config.iterations, milestones=config.milestones)
             set_rate(self.student_optimizer, config.student_lr * share)
             set_rate(self.generator_optimizer, config.generator_lr * share)
             for step, count in ((self.student_step, config.student_steps), (self.generator_step, 1)):
                 for _ in range(count):
-                    for name, value in step().items():
-                        sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / count
-        values = (torch.stack(list(sums.values())) / config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+                    means.add(step())
+        return means.means()  # the epoch's only host sync
 
     def discrepancy(self, student: Tensor, teachers: Tensor) -> Tensor:
         """``mean|S - T|`` of logits ``[heads, B, C]`` and ``[K, B, C]``, over the headers too."""

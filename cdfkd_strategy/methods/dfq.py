@@ -53,6 +53,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import cosine, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, TeacherOutputs
 
 
@@ -152,14 +153,12 @@ class DFQ(Distiller):
         set_rate(self.generator_optimizer, config.generator_lr * share)
         self.generator.train()
         self.student.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for _ in range(config.iterations):
             for step, count in ((self.student_step, config.student_steps), (self.generator_step, 1)):
                 for _ in range(count):
-                    for name, value in step().items():
-                        sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / count
-        values = (torch.stack(list(sums.values())) / config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+                    means.add(step())
+        return means.means()  # the epoch's only host sync
 
     def divergence(self, student: Tensor, teachers: Tensor) -> Tensor:
         """KL from the teachers ``[K, B, C]`` to the headers ``[heads, B, C]``, a mean over the headers."""

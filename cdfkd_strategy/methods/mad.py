@@ -46,6 +46,7 @@ from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import ScheduleName, factor, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 
@@ -157,15 +158,13 @@ class MAD(Distiller):
         config = self.config
         for network in (self.student, self.generator, self.ema_generator):
             network.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for iteration in range(config.iterations):
             self._set_rates(epoch, iteration)
             for step, count in ((self.student_step, config.student_steps), (self.generator_step, config.generator_steps)):
                 for _ in range(count):
-                    for name, value in step().items():
-                        sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / count
-        values = (torch.stack(list(sums.values())) / config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+                    means.add(step())
+        return means.means()  # the epoch's only host sync
 
     def _set_rates(self, epoch: int, iteration: int) -> None:
         config = self.config

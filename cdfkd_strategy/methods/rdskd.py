@@ -51,6 +51,7 @@ from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
 REFRESH_AT = 1
@@ -160,7 +161,7 @@ class RDSKD(Distiller):
     def run_epoch(self, epoch: int) -> Metrics:
         """``iterations`` generator steps (stage a), or as many student steps (stage b)."""
         self.frozen = epoch >= self.config.generator_epochs
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         if self.frozen:
             factor = multistep(epoch - self.config.generator_epochs, self.config.student_milestones)
             set_rate(self.student_optimizer, self.config.student_lr * factor)
@@ -169,11 +170,8 @@ class RDSKD(Distiller):
         else:
             self.generator.train()
         for iteration in range(self.config.iterations):
-            terms = self._student_step() if self.frozen else self._generator_step(refresh=iteration == REFRESH_AT)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
-        values = (torch.stack(list(sums.values())) / self.config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+            means.add(self._student_step() if self.frozen else self._generator_step(refresh=iteration == REFRESH_AT))
+        return means.means()  # the epoch's only host sync
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor | None:
         """Images as the running stage sees them: from running BatchNorm statistics once G is frozen."""

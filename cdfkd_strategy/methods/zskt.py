@@ -53,6 +53,7 @@ from cdfkd_strategy.models.multi_header import with_maps
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import cosine, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs, TeacherOutputs
 
 
@@ -157,34 +158,30 @@ class ZSKT(Distiller):
         config = self.config
         self.generator.train()
         self.student.train()
-        sums: dict[str, Tensor] = {}
+        means = TermMeans()
         for iteration in range(config.iterations):
             factor = cosine(epoch * config.iterations + iteration, config.epochs * config.iterations)
             set_rate(self.generator_optimizer, config.generator_lr * factor)
             set_rate(self.student_optimizer, config.student_lr * factor)
-            for name, value in self._play().items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
-        values = (torch.stack(list(sums.values())) / config.iterations).tolist()  # the epoch's only host sync
-        return dict(zip(sums, values, strict=True))
+            self._play(means)
+        return means.means()  # the epoch's only host sync
 
     def divergence(self, student: Tensor, teachers: Tensor) -> Tensor:
         """KL of teachers ``[K, B, C]`` and student ``[heads, B, C]``, mean over headers; over C too in mode "code"."""
         kl = kl_divergence(student, head_targets(teachers, self.teachers.weights, len(student)))
         return kl / self.image.num_classes if self.config.mode == "code" else kl
 
-    def _play(self) -> LossTerms:
-        """All steps for one z; gives the terms, each averaged over its steps."""
-        config, sums = self.config, dict[str, Tensor]()
+    def _play(self, means: TermMeans) -> None:
+        """All steps for one z."""
+        config = self.config
         z = self.runtime.normal(config.batch_size, config.generator.latent_dim, rng=self.rng)
         for _ in range(config.generator_steps):
-            sums["generator/kl"] = sums.get("generator/kl", 0) + self._generator_step(z) / config.generator_steps
+            means.add({"generator/kl": self._generator_step(z)})
         with self.runtime.autocast(), torch.no_grad():
             images = self.runtime.images(self.generator(z))
             teachers = self.teachers.observe(images, bn=False, maps=config.attention_weight > 0)
         for _ in range(config.student_steps):
-            for name, value in self._student_step(images, teachers).items():
-                sums[name] = sums.get(name, 0) + value.detach() / config.student_steps
-        return sums
+            means.add(self._student_step(images, teachers))
 
     def _generator_step(self, z: Tensor) -> Tensor:
         with self.runtime.autocast():
