@@ -182,7 +182,7 @@ def run_all() -> dict[str, Outcome]:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
     """Of every case, in both processes."""
-    return in_two_processes(run_all, tmp_path_factory.mktemp("two"))
+    return in_two_processes(run_all, tmp_path_factory.mktemp("two"), types=[Outcome])
 
 
 def difference(one: Outcome, two: Outcome) -> dict[str, float]:
@@ -258,7 +258,7 @@ def the_rest(folder: Path) -> tuple[Any, ...]:
 
 @pytest.mark.slow
 def test_a_run_is_resumed_by_all_and_written_by_one_and_what_cannot_be_split_is_refused_by_all(tmp_path: Path) -> None:
-    found = in_two_processes(the_rest, tmp_path, tmp_path)
+    found = in_two_processes(the_rest, tmp_path, tmp_path, types=[Outcome])
     for (whole, resumed, _), said in found:
         assert max(difference(whole, resumed).values()) == 0
         assert whole.sha256 == resumed.sha256 == found[0][0][0].sha256

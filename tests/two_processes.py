@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 PATIENCE = 240.0
 
 
-def in_two_processes(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """``[function(*arguments), function(*arguments)]`` of ranks 0 and 1; an error in one ends both."""
+def in_two_processes(function: Callable[..., Any], folder: Path, *arguments: Any, types: Sequence[type] = ()) -> list[Any]:
+    """``[function(*arguments), function(*arguments)]`` of ranks 0 and 1, made of tensors, plain values and ``types``; an error in one ends both."""
     context = mp.spawn(_run, (str(folder), function, arguments), nprocs=2, join=False)
     assert context is not None
     deadline = time.monotonic() + PATIENCE
@@ -27,7 +27,8 @@ def in_two_processes(function: Callable[..., Any], folder: Path, *arguments: Any
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    with torch.serialization.safe_globals(list(types)):
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def _run(rank: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
