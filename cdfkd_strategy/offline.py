@@ -47,11 +47,12 @@ DISCLOSED = f"disclosed by every client: its label counts per class (server.weig
 
 
 class Plan(NamedTuple):
-    """A distillation to do: its configuration, the teachers, and the data set to evaluate on (None if it is not at hand)."""
+    """A distillation to do: its configuration, the teachers, the data set to evaluate on (None if it is not at hand), and what else the method may have."""
 
     config: RunConfig
     teachers: TeacherSet
     data: ImageData | None
+    extras: Extras
 
 
 def plan(directory: Path, overrides: Iterable[str]) -> Plan:
@@ -83,9 +84,10 @@ def plan_for(config: RunConfig, teachers: TeacherSet) -> Plan:
     check_disclosed(config, teachers)
     data = _test_data(config, teachers) if teachers.config else None
     method = get_method(config.method_config()[0])
-    method.check_extras(extras_of(teachers, config, data))
+    extras = extras_of(teachers, config, data)
+    method.check_extras(extras)
     method.check_processes()
-    return Plan(config, teachers, data)
+    return Plan(config, teachers, data, extras)
 
 
 def of_the_teachers_data(config: RunConfig, teachers: TeacherSet) -> RunConfig:
@@ -225,7 +227,7 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distill
         engine=config.engine,
         resume=resume,
         runtime=runtime,
-        extras=extras_of(teachers, config, work.data),
+        extras=work.extras,
     )
     if summary is None:
         return None
