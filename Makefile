@@ -1,4 +1,4 @@
-# make demo | demo-mixed | test | lint | types | wheel | study NAME=fashion_mnist/dir0.5 SEEDS="0 1 2" | bench NAME=mnist_methods | report | clean
+# make demo | demo-mixed | test | lint | types | wheel | study NAME=fashion_mnist/dir0.5 SEEDS="0 1 2" | bench NAME=mnist_methods JOBS=2 | report | clean
 # Everything runs in .venv, made on first use. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -6,6 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SEEDS  ?= 0 1 2
+JOBS   ?= 1
 TEST_PROCESSES ?= 2
 NOW    := $(shell date +%Y%m%d-%H%M%S)
 OUT    ?=
@@ -74,7 +75,7 @@ study: $(STAMP)
 bench: $(STAMP)
 	@test -n "$(NAME)" || { echo "which one? make bench NAME=mnist_methods (a file under simulations/configs/bench)" >&2; exit 1; }
 	@run=runs/bench/$(NAME); resume=; test ! -d $$run || resume=--resume; \
-	$(BIN)/cdfkd bench $(NAME) --out $$run $$resume --keep simulations/results
+	$(BIN)/cdfkd bench $(NAME) --out $$run $$resume --jobs $(JOBS) --keep simulations/results
 
 # The tables in README.md and simulations/README.md, from the committed results.
 report: $(STAMP)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
 from cdfkd_strategy.bench.config import BenchConfig, BenchRun
 from cdfkd_strategy.bench.record import BenchRecord, measure, read_done, store
 from cdfkd_strategy.config import to_dict
-from cdfkd_strategy.errors import CDFKDError, CheckpointError
+from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.offline import FIXED, distill_directory, plan_for, write_teachers
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.summary import FILE_NAME, check_same_config, read_summary
@@ -28,7 +29,13 @@ Start = Callable[[BenchRun, Path, Path], None]
 
 
 def run_bench(
-    bench: BenchConfig, out: Path, *, teachers: Path | None = None, start: Start | None = None, on_done: Callable[[list[dict[str, Any]]], None] | None = None
+    bench: BenchConfig,
+    out: Path,
+    *,
+    teachers: Path | None = None,
+    jobs: int = 1,
+    start: Start | None = None,
+    on_done: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is not done yet, and give the summaries of all runs.
 
@@ -39,6 +46,7 @@ def run_bench(
         bench: what to run.
         out: directory of the bench; what is in it of an earlier start is kept.
         teachers: directory of teacher directories; None is one inside ``out``.
+        jobs: rows that run at the same time.
         start: how a row is run; None is `in_own_process`.
         on_done: called with all summaries so far after every run.
 
@@ -47,34 +55,56 @@ def run_bench(
 
     Raises:
         CheckpointError: runs or teachers that are there are of another configuration.
+        ConfigError: ``jobs`` is below 1.
         CDFKDError: teachers cannot be trained.
     """
-    homes = teachers or out / TEACHERS
-    for run in bench.runs:
+    if jobs < 1:
+        raise ConfigError(f"jobs is {jobs}; accepted: at least 1")
+    homes, runs = teachers or out / TEACHERS, bench.runs
+    for run in runs:
         _check_run(run, out / run.path)
-    for name, run in {run.teachers: run for run in bench.runs}.items():
+    for name, run in {run.teachers: run for run in runs}.items():
         _check_teachers(run, homes / name)
-    done: list[dict[str, Any]] = []
-    for number, run in enumerate(bench.runs, 1):
-        directory = out / run.path
-        summary = read_done(directory, run)
-        if summary is None:
-            home = _teachers(run.config, homes / run.teachers)
-            logger.info("== %d of %d: %s in %s, seed %d", number, len(bench.runs), run.row, run.cell, run.seed)
-            (start or in_own_process)(run, home, directory)
-            summary = read_summary(directory)
-        done.append(summary)
+    done = {number: summary for number, run in enumerate(runs) if (summary := read_done(out / run.path, run)) is not None}
+    missing = [number for number in range(len(runs)) if number not in done]
+    for name, run in {runs[number].teachers: runs[number] for number in missing}.items():
+        _train_teachers(run.config, homes / name)
+
+    def run_one(number: int) -> None:
+        run = runs[number]
+        logger.info("== %d of %d: %s in %s, seed %d", number + 1, len(runs), run.row, run.cell, run.seed)
+        (start or in_own_process)(run, homes / run.teachers, out / run.path)
+
+    def keep(number: int) -> None:
+        done[number] = read_summary(out / runs[number].path)
         if on_done is not None:
-            on_done(done)
-    return done
+            on_done([done[number] for number in sorted(done)])
+
+    _side_by_side(run_one, missing, jobs, keep)
+    return [done[number] for number in sorted(done)]
 
 
-def _teachers(config: RunConfig, home: Path) -> Path:
-    """A directory of teachers, trained if it is not there; one without an index was not finished, and is written anew."""
+def _side_by_side(work: Callable[[int], None], items: Sequence[int], jobs: int, then: Callable[[int], None]) -> None:
+    """Do the work on every item, then what comes after it, here and one at a time; whatever stops this stops the processes that were started."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                then(futures[future])
+        finally:
+            running = {future for future in futures if not future.cancel() and not future.done()}
+            while running:  # a worker may be about to start its process, hence again and again
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED).not_done
+
+
+def _train_teachers(config: RunConfig, home: Path) -> None:
+    """Make a directory of teachers, if it is not there; one without an index was not finished, and is written anew."""
     if not (home / INDEX).exists():
         logger.info("training the teachers %s", home.name)
         write_teachers(config, home)
-    return home
 
 
 def _check_run(run: BenchRun, directory: Path) -> None:
@@ -130,12 +160,7 @@ def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
     what = (run.cell, run.row, run.seed, to_dict(run.config), run.metrics, str(home), str(directory))
     process = multiprocessing.get_context("spawn").Process(target=_child, args=what, daemon=True)
     process.start()
-    try:
-        process.join()
-    finally:
-        if process.is_alive():
-            process.terminate()
-            process.join()
+    process.join()
     if process.exitcode != 0:
         words = f"its process died with exit code {process.exitcode}; memory may have run out"
         logger.warning("%s in %s, seed %d: %s", run.row, run.cell, run.seed, words)

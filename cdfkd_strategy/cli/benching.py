@@ -28,7 +28,8 @@ def bench(args: argparse.Namespace) -> None:
     def on_done(summaries: list[dict[str, Any]]) -> None:
         write_tables(out, summaries, picture=False)
 
-    summaries = run_bench(found, out, teachers=Path(args.teachers).resolve() if args.teachers else None, on_done=on_done)
+    teachers = Path(args.teachers).resolve() if args.teachers else None
+    summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, on_done=on_done)
     print(markdown_table(entries(summaries)))
     _write(out, summaries)
     if args.keep:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import multiprocessing
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +22,7 @@ from cdfkd_strategy.bench.record import class_entropy, read_done, record_of
 from cdfkd_strategy.bench.running import in_own_process, in_this_process, run_bench
 from cdfkd_strategy.checkpoint import write_json
 from cdfkd_strategy.data.datasets import load_data
-from cdfkd_strategy.errors import CheckpointError
+from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.methods.rdskd import RDSKD
 from cdfkd_strategy.provenance import peak_memory_mb
 from cdfkd_strategy.runtime import Runtime
@@ -237,3 +240,46 @@ def test_the_command_runs_rows_in_processes_of_their_own(done: Path, tmp_path: P
     assert "is not empty; continue that run with --resume" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0
     assert "| two | mfs | 1 |" in capsys.readouterr().out
+
+
+TWO_ROWS = {"two": VALUES["cells"]["two"]}
+
+
+def test_rows_side_by_side_are_those_of_one_after_the_other(done: Path, tmp_path: Path) -> None:
+    neighbours = threading.Barrier(2)
+    seen: list[int] = []
+
+    def start(run: BenchRun, home: Path, directory: Path) -> None:
+        neighbours.wait(timeout=60)  # broken, and an error, unless two rows are at it at the same time
+        in_own_process(run, home, directory)
+
+    bench = tiny(cells=TWO_ROWS)
+    summaries = run_bench(bench, tmp_path, teachers=done / "teachers", jobs=2, start=start, on_done=lambda found: seen.append(len(found)))
+    assert [summary["bench"]["row"] for summary in summaries] == ["rdskd", "mfs"]
+    assert seen == [1, 2]
+    for run in bench.runs:
+        assert (tmp_path / run.path / "student.safetensors").read_bytes() == (done / run.path / "student.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="jobs is 0; accepted: at least 1"):
+        run_bench(bench, tmp_path, jobs=0)
+
+
+def sleeps(*_: object) -> None:
+    time.sleep(600)
+
+
+def test_an_interrupted_bench_leaves_no_process_behind(done: Path, tmp_path: Path) -> None:
+    started = threading.Event()
+
+    def start(run: BenchRun, home: Path, directory: Path) -> None:
+        if run.row == "mfs":
+            started.wait(60)
+            raise KeyboardInterrupt
+        process = multiprocessing.get_context("spawn").Process(target=sleeps, daemon=True)
+        process.start()
+        started.set()
+        process.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(tiny(cells=TWO_ROWS), tmp_path, teachers=done / "teachers", jobs=2, start=start)
+    assert started.is_set()
+    assert multiprocessing.active_children() == []
