@@ -120,6 +120,24 @@ class Distiller(ABC):
         """The modules that the method trains or keeps: student, generator, and others; not the teachers."""
         return [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.teachers]
 
+    def start_generator(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the generator with the weights of an earlier one; a method that keeps an average of it fills that too.
+
+        Args:
+            state: the state dict of a generator of the same shape.
+
+        Raises:
+            ConfigError: the method has no generator, or one of another shape.
+        """
+        if self.generator is None:
+            raise ConfigError(f"method {self.name!r} has no generator that could start from an earlier one")
+        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (self.generator.state_dict(), state)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"the generator to start from has not the shape of this run's; accepted: one of method {self.name!r} with the same method.generator"
+            )
+        self.generator.load_state_dict(state)
+
     @property
     @abstractmethod
     def num_epochs(self) -> int:

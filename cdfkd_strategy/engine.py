@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
-SYNTHETIC_FILE = "synthetic.safetensors"
+GENERATOR_FILE, SYNTHETIC_FILE = "generator.safetensors", "synthetic.safetensors"
 KEPT_IMAGES = 64
 """Synthetic images that a run directory keeps to look at: a square grid."""
 SAMPLED_AT_ONCE = 256
@@ -101,6 +101,7 @@ def distill(
     resume: bool = False,
     runtime: Runtime | None = None,
     extras: Extras | None = None,
+    first_generator: Mapping[str, Tensor] | None = None,
 ) -> DistillResult:
     """Distil the teachers into the student, in place, with no data.
 
@@ -121,6 +122,7 @@ def distill(
         resume: continue from ``out/checkpoint`` if there is one.
         runtime: resolved choices to reuse; None takes the checkpoint's when resuming, else resolves ``engine``'s.
         extras: what there is besides the teachers; the method gets of it what its ``needs`` declare.
+        first_generator: the state dict that the method's generator starts from; None is the method's own start.
 
     Returns:
         `DistillResult`; the student is on the runtime's device, in eval mode.
@@ -157,6 +159,8 @@ def distill(
         with seeding.seeded_scope("distiller", seed):
             declared = {"extras": given} if given.tensors() else {}
             distiller = cls(teachers, student, config, image=image, rng=seeding.generator("distill", seed), runtime=runtime, **declared)
+        if first_generator is not None:
+            distiller.start_generator(first_generator)
         run = _Run(distiller, identity, directory, runtime, seed)
         if saved is not None:
             distiller.load_state_dict(saved["distiller"])
@@ -176,7 +180,7 @@ def distill(
 def _keep_images(directory: Path, distiller: Distiller, seed: int) -> None:
     """The generator, and some images as the method shows them to the student; whichever of the two it has."""
     if distiller.generator is not None:
-        save_tensors(directory / "generator.safetensors", distiller.generator.state_dict())
+        save_tensors(directory / GENERATOR_FILE, distiller.generator.state_dict())
     with distiller.runtime.scope():
         images = distiller.sample(KEPT_IMAGES, seeding.generator("pictures", seed))
     if images is not None:

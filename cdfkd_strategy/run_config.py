@@ -35,6 +35,7 @@ class ServerConfig:
             as many as ``min_teachers`` does, besides the teachers that may be used again.
         max_teacher_age: rounds for which the last teacher of a silent client is used again.
         broadcast: what later rounds send of the student: all "heads" with their weights, or a "single" distilled one.
+        keep_generator: a round's generator starts from that of the round before, if the method has one, in place of random weights.
         fraction_train: fraction of the clients that train in a round.
         fraction_evaluate: fraction of the clients that evaluate in a round.
         timeout: seconds to wait for the replies of a round.
@@ -48,6 +49,7 @@ class ServerConfig:
     min_available_nodes: int | None = None
     max_teacher_age: int = 1
     broadcast: Literal["heads", "single"] = "heads"
+    keep_generator: bool = False
     fraction_train: float = 1.0
     fraction_evaluate: float = 1.0
     timeout: float = 3600.0

@@ -86,6 +86,11 @@ class SyntheticBatches:
         self.averaged.train()
         return self.runtime.images(torch.cat([self.generator(now), self.averaged(past)]))
 
+    def generator_started(self) -> None:
+        """To be called when the generator was filled: the average begins there."""
+        if self.averaged is not None:
+            self.averaged.load_state_dict(self.generator.state_dict())
+
     @torch.no_grad()
     def generator_moved(self) -> None:
         """To be called after every step of the generator: the average follows; of its buffers it takes the latest."""

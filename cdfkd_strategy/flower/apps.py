@@ -139,6 +139,7 @@ def make_strategy(config: RunConfig, image: ImageSpec, harness: Harness, out: Pa
         min_teachers=config.server.min_teachers,
         max_teacher_age=config.server.max_teacher_age,
         broadcast=config.server.broadcast,
+        keep_generator=config.server.keep_generator,
         identify=True,
         node_wait=config.server.node_wait,
         fraction_train=config.server.fraction_train,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import has_state, load_tensors, save_tensors
 from cdfkd_strategy.competence import LABEL_COUNTS, estimate
-from cdfkd_strategy.engine import DistillResult, distill
+from cdfkd_strategy.engine import GENERATOR_FILE, DistillResult, distill
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.options import Options
@@ -90,9 +90,7 @@ def extras_of(options: Options, uploads: Uploads, teachers: TeacherEnsemble) -> 
     return Extras(label_counts=torch.tensor([uploads[spec.key].label_counts for spec in teachers.specs]))
 
 
-def distil_round(
-    options: Options, teachers: TeacherEnsemble, previous: MultiHeaderStudent | None, server_round: int, uploads: Uploads, runtime: Runtime
-) -> Distilled:
+def distil_round(options: Options, teachers: TeacherEnsemble, previous: Distilled, server_round: int, uploads: Uploads, runtime: Runtime) -> Distilled:
     """Distil the ensemble into the last round's student, and write student and single header to the run directory.
 
     With a run directory, an interrupted distillation of this round is continued from the engine's checkpoint.
@@ -100,15 +98,16 @@ def distil_round(
     Args:
         options: the strategy's settings.
         teachers: the ensemble with its class weights.
-        previous: the last round's student; None in the first.
+        previous: what the last round gave.
         server_round: from 1.
         uploads: behind the teachers.
         runtime: of the whole run.
     """
     weights = teachers.weights.cpu().clone()
     with runtime.scope():
-        before = student_for(options, previous, teachers, server_round)
-    result = _distil(options, teachers, before, server_round, uploads, runtime)
+        before = student_for(options, previous.student, teachers, server_round)
+    generator = _kept_generator(options, previous) if options.keep_generator and server_round > 1 else None
+    result = _distil(options, teachers, before, server_round, uploads, runtime, generator)
     student: Any = result.student
     done = Distilled(student, None, teachers, result.generator, result.history, result.stopped_by, result.runtime)
     if options.run_dir is not None:
@@ -146,7 +145,23 @@ def restore(options: Options, teachers: TeacherEnsemble, server_round: int, uplo
     return done
 
 
-def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStudent, server_round: int, uploads: Uploads, runtime: Runtime) -> DistillResult:
+def _kept_generator(options: Options, previous: Distilled) -> Mapping[str, Tensor] | None:
+    """The last round's generator, from the run directory if there is one: a server that was restarted has it nowhere else."""
+    if options.run_dir is not None:
+        file = options.run_dir / GENERATOR_FILE
+        return load_tensors(file) if file.exists() else None
+    return None if previous.generator is None else previous.generator.state_dict()
+
+
+def _distil(
+    options: Options,
+    teachers: TeacherEnsemble,
+    student: MultiHeaderStudent,
+    server_round: int,
+    uploads: Uploads,
+    runtime: Runtime,
+    generator: Mapping[str, Tensor] | None = None,
+) -> DistillResult:
     """Distil the teachers that count into their headers; a header whose teacher is too old stays as it is."""
     counted = teachers.counted
     live = teachers.only(counted)
@@ -163,6 +178,7 @@ def _distil(options: Options, teachers: TeacherEnsemble, student: MultiHeaderStu
         resume=options.run_dir is not None,
         runtime=runtime,
         extras=extras_of(options, uploads, live),
+        first_generator=generator,
     )
     if not options.engine.resident_teachers:
         result.runtime.place(teachers)

@@ -69,6 +69,7 @@ class Options:
     max_teacher_age: int
     broadcast: Literal["heads", "single"]
     single_steps: int
+    keep_generator: bool
     identify: bool | None
     node_wait: float
     fraction_train: float

@@ -266,7 +266,7 @@ class Session:
         """Distil, unless that is done, and return the student."""
         if self.state.phase == "distilling":
             self._clock = time.monotonic()
-            self.distilled = distil_round(self.options, self._teachers(), self.distilled.student, self.state.round, self.uploads, self.runtime)
+            self.distilled = distil_round(self.options, self._teachers(), self.distilled, self.state.round, self.uploads, self.runtime)
             self._spent("distill")
             spent = self.state.record.seconds
             spent["distill"] = max(spent["distill"], sum(row["seconds"] for row in self.distilled.history))  # epochs before a restart included

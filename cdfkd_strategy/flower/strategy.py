@@ -62,6 +62,7 @@ class CDFKDStrategy(Strategy):
             client takes its slot. Every client with a partition id goes on from its own last teacher, however old.
         broadcast: what clients get of the student: all "heads" and their class weights, or one "single" header distilled from them.
         single_steps: optimiser steps for that single header.
+        keep_generator: a round's generator starts from that of the round before, if the method has one, in place of random weights.
         identify: ask every node who it is before it trains; None asks where it matters: several architectures, a run
             directory, or more than one round. Nodes that do not know the question take the default architecture, with their node
             id as key; those that fail to answer it are misconfigured and take no part.
@@ -113,6 +114,7 @@ class CDFKDStrategy(Strategy):
         max_teacher_age: int = 1,
         broadcast: Literal["heads", "single"] = "heads",
         single_steps: int = 300,
+        keep_generator: bool = False,
         identify: bool | None = None,
         node_wait: float = 120.0,
         fraction_train: float = 1.0,
@@ -146,6 +148,7 @@ class CDFKDStrategy(Strategy):
             max_teacher_age=max_teacher_age,
             broadcast=broadcast,
             single_steps=single_steps,
+            keep_generator=keep_generator,
             identify=identify,
             node_wait=node_wait,
             fraction_train=fraction_train,

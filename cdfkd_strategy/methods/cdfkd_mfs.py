@@ -29,6 +29,7 @@ A client must disclose its weights, including BatchNorm running statistics (unle
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -172,6 +173,11 @@ class CDFKDMFS(Distiller):
         self.batches = SyntheticBatches(self.generator, config.batches, config.batch_size, image, runtime)
         self.student_optimizer = _student_optimizer(config, student)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
+
+    def start_generator(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the generator, and its average where batches have one."""
+        super().start_generator(state)
+        self.batches.generator_started()
 
     @property
     def num_epochs(self) -> int:

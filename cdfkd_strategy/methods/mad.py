@@ -32,6 +32,7 @@ A client must disclose its weights, including BatchNorm running statistics (unle
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -147,6 +148,11 @@ class MAD(Distiller):
         self.ema_generator = copy.deepcopy(self.generator).requires_grad_(False)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
         self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+    def start_generator(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the generator and its moving average."""
+        super().start_generator(state)
+        self.ema_generator.load_state_dict(state)
 
     @property
     def num_epochs(self) -> int:

@@ -39,7 +39,9 @@ ROUNDS = 2
 APPS = [echo_app(teacher={"arch": "lenet"})] * 2 + [echo_app(teacher={"arch": "lenet_bn"})]
 
 
-def start(run_dir: Path, *, resume: bool = False, first_node: int = FIRST_NODE, rounds: int = ROUNDS, **choices: Any) -> tuple[CDFKDStrategy, MemoryGrid, Any]:
+def start(
+    run_dir: Path | None, *, resume: bool = False, first_node: int = FIRST_NODE, rounds: int = ROUNDS, **choices: Any
+) -> tuple[CDFKDStrategy, MemoryGrid, Any]:
     grid = MemoryGrid(APPS, first_node=first_node)
     strategy = tiny_strategy(run_dir=run_dir, resume=resume, architectures=["lenet", "lenet_bn"], **choices)
     result = strategy.start(grid, num_rounds=rounds, timeout=5, evaluate_fn=lambda number, arrays: MetricRecord({"arrays": float(len(arrays)) + number}))
@@ -115,6 +117,30 @@ def test_killed_at_seeded_moments_the_resumed_run_gives_the_same_student_and_ask
         assert result.train_metrics_clientapp == expected.train_metrics_clientapp
         assert strategy.generator is not None
         assert [record.bytes["up"] for record in strategy.rounds] == [record.bytes["up"] for record in whole.rounds]
+
+
+def test_a_kept_generator_survives_a_restart(tmp_path: Path, moments: Moments, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[bool] = []
+    original = CDFKDMFS.start_generator
+    monkeypatch.setattr(CDFKDMFS, "start_generator", lambda self, state: (starts.append(True), original(self, state))[1])
+    start(tmp_path / "new")
+    assert starts == []
+    start(tmp_path / "whole", keep_generator=True)
+    start(None, keep_generator=True)
+    assert starts == [True] * 2, "in round 2 alone, with files and without"
+    assert digest(tmp_path / "whole") != digest(tmp_path / "new")
+    moments.arm(None)
+    start(tmp_path / "again", keep_generator=True)
+    steps = [number for number, moment in enumerate(moments.passed, 1) if moment == "after student_step"]
+    second = steps[len(steps) // 2]  # before the second round's first checkpoint
+    last = len(moments.passed) - moments.passed[::-1].index("before save_student")
+    for number in (second, last):
+        moments.arm(number)
+        with pytest.raises(Killed):
+            start(tmp_path / str(number), keep_generator=True)
+        moments.arm(None)
+        start(tmp_path / str(number), resume=True, keep_generator=True)
+        assert digest(tmp_path / str(number)) == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("moment", "train"), [("after put", [1, 2]), ("before save_student", []), ("after save_student", [])])
