@@ -32,7 +32,7 @@ class PoolDistillation:
         temperature: T.
         rng: a CPU generator; draws the batches.
         runtime: device, layout and precision.
-        views: gives other views of the images in every step, of which the teachers are asked anew; None shows the images as they are.
+        views: gives other views of the images in every step, of which the teachers are asked anew; None (or "none") shows the images as they are.
     """
 
     def __init__(
@@ -50,10 +50,12 @@ class PoolDistillation:
     ) -> None:
         self.pool, self.teachers, self.student, self.optimizer = pool, teachers, student, optimizer
         self.batch_size, self.temperature, self.rng, self.runtime = batch_size, temperature, rng, runtime
-        self.views = views
+        self.views = None if views is None or views.augment == "none" else views
 
     def ask_teachers(self) -> None:
-        """Ask the teachers once for every image of the pool, unless the answers take too much memory; then they are asked in every step."""
+        """Ask the teachers once for every image of the pool; in every step, where views are seen or the answers take too much memory."""
+        if self.views is not None:
+            return
         with evaluating(self.student), torch.no_grad():
             heads = len(self.student(self.runtime.images(self.pool.at(torch.zeros(2, dtype=torch.long)))).logits)
         if len(self.pool) * heads * self.pool.image.num_classes * 4 <= MAX_LABEL_BYTES:

@@ -27,14 +27,15 @@ class RandomViews:
     Args:
         image: shape and normalisation; outside an image it is black.
         augment: which of shifting and mirroring takes part. With "none" every view is the image itself.
-        padding: pixels by which `crop` shifts at most, either way.
+        padding: pixels by which `crop` shifts at most, either way; None is an eighth of the shorter side, which is 4 of 32.
         rng: a CPU generator.
 
     Raises:
         ConfigError: the padding is negative.
     """
 
-    def __init__(self, image: ImageSpec, augment: AugmentName, padding: int, rng: torch.Generator) -> None:
+    def __init__(self, image: ImageSpec, augment: AugmentName, padding: int | None, rng: torch.Generator) -> None:
+        padding = min(image.height, image.width) // 8 if padding is None else padding
         if padding < 0:
             raise ConfigError(f"padding is {padding}; accepted: 0 or more pixels")
         self.augment = augment if augment != "auto" else "crop_flip" if image.channels == 3 else "crop"

@@ -32,7 +32,7 @@ Deviations:
 - The authors' code keeps the best images by reference, so that they go on changing; here they are copied.
 - The pool holds 8-bit pixels: values outside [0, 1] are clipped. Images keep their normalisation, so that the teachers'
   statistics hold in stage (b) too (a known re-implementation stretches every batch to the full range instead).
-- Stage (b) is that of CDFKD-MFS's baseline without its crops and flips, which are not right for every kind of image.
+- Stage (b) is that of CDFKD-MFS's baseline, with its crops and flips; ``augment="auto"`` mirrors colour images only.
 - JS is the Jensen-Shannon divergence of the paper, at the code's temperature 3, and the mean over headers (or between the
   single header and the fused ensemble); the authors' code has another quantity there (`losses.competition`).
 - Not here: the two-resolution schedule for 128 px and more.
@@ -48,6 +48,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.best_batch import BestBatch
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
@@ -95,6 +96,7 @@ class DeepInversionConfig:
         weight_decay: of SGD.
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10.
         temperature: T of stage (b).
+        augment: how images of the pool are moved in every step of the student, see `RandomViews`.
     """
 
     mode: Literal["code", "paper"] = "code"
@@ -119,6 +121,7 @@ class DeepInversionConfig:
     weight_decay: float = 5e-4
     student_milestones: tuple[int, ...] = (80, 120)
     temperature: float = 1.0
+    augment: AugmentName = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "image_steps", "pool_size", "epochs", "iterations"):
@@ -203,6 +206,7 @@ class DeepInversion(Distiller):
             temperature=config.temperature,
             rng=self.rng,
             runtime=runtime,
+            views=RandomViews(image, config.augment, None, rng),
         )
 
     @property

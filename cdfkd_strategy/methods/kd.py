@@ -10,7 +10,7 @@ Paper: https://arxiv.org/abs/1503.02531
 Deviations:
 
 - No cross entropy with labels (the paper adds a little of it): images come without labels. T = 1, SGD and epochs are those of the
-  real-data row of CDFKD-MFS's authors, without their crops and flips, which are not right for every kind of image.
+  real-data row of CDFKD-MFS's authors, with their crops and flips; ``augment="auto"`` mirrors colour images only.
 - Several teachers (the paper has one, or the mean of several): header k imitates teacher k, and a student with one header
   imitates the ensemble fused with the teachers' class weights.
 - Images are kept as bytes and stay out of checkpoints, pictures and transfer sets.
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
@@ -51,6 +52,7 @@ class KDConfig:
         weight_decay: of SGD.
         student_milestones: epochs at which the student's rate is divided by 10.
         temperature: T.
+        augment: how images of the pool are moved in every step of the student, see `RandomViews`.
     """
 
     epochs: int = 200
@@ -61,6 +63,7 @@ class KDConfig:
     weight_decay: float = 5e-4
     student_milestones: tuple[int, ...] = (80, 120)
     temperature: float = 1.0
+    augment: AugmentName = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("iterations", 1), ("batch_size", 2)):
@@ -108,7 +111,15 @@ class KD(Distiller):
         self.student_optimizer = torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
         # The pool is no attribute of its own: a checkpoint would hold the real images.
         self.distillation = PoolDistillation(
-            pool, teachers, student, self.student_optimizer, batch_size=config.batch_size, temperature=config.temperature, rng=rng, runtime=runtime
+            pool,
+            teachers,
+            student,
+            self.student_optimizer,
+            batch_size=config.batch_size,
+            temperature=config.temperature,
+            rng=rng,
+            runtime=runtime,
+            views=RandomViews(image, config.augment, None, rng),
         )
 
     @property

@@ -25,8 +25,8 @@ for AlexNet, 0.05 for LeNet-5). *Reconstruction* is what else there is, since th
   (accuracy 0.12; 0.32 and 0.34 with tau_y = 1 and 4 and half the images, from one teacher and seed, far below what a full budget is for).
 - The factor tau^2 also in (a), so that lambda_a means the same at every tau.
 - Adam of rate 0.01 on pixels that are clipped to [0, 1] after every step, 1500 steps, 100 images a round, 40,000 images.
-- The student learns what the teacher says of the final images, not y; Adam 1e-3 and 500 epochs from ZSKD, without
-  augmentation, which is not right for every kind of image.
+- The student learns what the teacher says of the final images, not y, shifted, and mirrored if they are in colour; Adam 1e-3 and 500
+  epochs from ZSKD.
 - R makes classes correlated, and nothing balances them: the class histogram of y is among the metrics, and ``balance="reject"``
   keeps candidates so that all classes are as frequent as they can be. The default keeps them as they come, as the paper does.
 
@@ -48,6 +48,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
@@ -85,6 +86,7 @@ class SoftTargetsConfig:
         iterations: student steps per epoch; 625 of 64 images are one pass over 40,000.
         batch_size: images per student step.
         student_lr: Adam, default betas.
+        augment: how images of the pool are moved in every step of the student, see `RandomViews`.
     """
 
     layer: LayerName = "fc2"
@@ -104,6 +106,7 @@ class SoftTargetsConfig:
     iterations: int = 625
     batch_size: int = 64
     student_lr: float = 1e-3
+    augment: AugmentName = "auto"
 
     def __post_init__(self) -> None:
         for name in ("candidates", "rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
@@ -164,6 +167,7 @@ class SoftTargets(Distiller):
             temperature=config.temperature,
             rng=rng,
             runtime=runtime,
+            views=RandomViews(image, config.augment, None, rng),
         )
 
     @property

@@ -29,8 +29,8 @@ Deviations:
   image of class k with the class weights w[., k]. In stage (b) header k imitates teacher k, and a student with one header
   imitates the fused ensemble; one teacher is the paper's case.
 - A round has all classes and betas in turn, and not one of each. The impressions are stored as bytes.
-- The student's images are not augmented (the paper scales, shifts, rotates and flips them), which is not right for every kind of
-  image; its rate and epochs are the authors' code's.
+- The student's images are shifted, and mirrored if they are in colour (the paper also scales and rotates them), and the teachers see
+  them as the student does; its rate and epochs are the authors' code's.
 
 A client must disclose its weights; BatchNorm statistics are not used as such.
 """
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
@@ -76,6 +77,7 @@ class ZSKDConfig:
         iterations: student steps per epoch; 625 of 64 images are one pass over 40,000.
         batch_size: images per student step.
         student_lr: Adam, default betas.
+        augment: how images of the pool are moved in every step of the student, see `RandomViews`.
     """
 
     mode: Literal["paper", "code"] = "paper"
@@ -90,6 +92,7 @@ class ZSKDConfig:
     iterations: int = 625
     batch_size: int = 64
     student_lr: float = 1e-3
+    augment: AugmentName = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
@@ -151,6 +154,7 @@ class ZSKD(Distiller):
             temperature=config.temperature,
             rng=rng,
             runtime=runtime,
+            views=RandomViews(image, config.augment, None, rng),
         )
 
     @property

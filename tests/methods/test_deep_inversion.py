@@ -24,7 +24,7 @@ SEED = "deep inversion test"
 
 
 def build(count: int = 1, *, heads: int | None = None, teachers: TeacherEnsemble | None = None, **changes: Any) -> DeepInversion:
-    config = dataclasses.replace(DeepInversionConfig.toy(), **changes)
+    config = dataclasses.replace(DeepInversionConfig.toy(), **{"augment": "none", **changes})
     student = tiny_student(heads or count)
     with seeding.seeded_scope(SEED):
         return DeepInversion(

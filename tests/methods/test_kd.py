@@ -26,7 +26,7 @@ IMAGES = DIGITS.normalise((DIGITS.to_pixels(digits().x_train[:60]) * 255).round(
 
 
 def build(count: int = 1, *, heads: int | None = None, teachers: TeacherEnsemble | None = None, extras: Extras | None = None, **changes: Any) -> KD:
-    config = dataclasses.replace(KDConfig.toy(), **changes)
+    config = dataclasses.replace(KDConfig.toy(), **{"augment": "none", **changes})
     runtime = Runtime(channels_last=False, threads=1)
     student, given = tiny_student(heads or count), extras or Extras(proxy_data=IMAGES)
     return KD(teachers or trained_ensemble(count), student, config, image=DIGITS, rng=seeding.generator(SEED), runtime=runtime, extras=given)

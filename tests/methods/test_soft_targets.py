@@ -26,7 +26,7 @@ SEED = "soft targets test"
 
 
 def build(count: int = 1, *, heads: int | None = None, teachers: TeacherEnsemble | None = None, **changes: Any) -> SoftTargets:
-    config = dataclasses.replace(SoftTargetsConfig.toy(), **changes)
+    config = dataclasses.replace(SoftTargetsConfig.toy(), **{"augment": "none", **changes})
     student = tiny_student(heads or count)
     with seeding.seeded_scope(SEED):
         return SoftTargets(

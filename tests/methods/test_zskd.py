@@ -23,7 +23,7 @@ SEED = "zskd test"
 
 
 def build(count: int = 1, *, heads: int | None = None, teachers: TeacherEnsemble | None = None, **changes: Any) -> ZSKD:
-    config = dataclasses.replace(ZSKDConfig.toy(), **changes)
+    config = dataclasses.replace(ZSKDConfig.toy(), **{"augment": "none", **changes})
     student = tiny_student(heads or count)
     with seeding.seeded_scope(SEED):
         return ZSKD(
