@@ -2,12 +2,12 @@
 
     python simulations/benchmarks/many_teachers.py [--teachers 5 20 100] [--iterations 112] [--per-step 5] [--seed 0]
 
-The images of the study's cell dir0.5 go to K clients (Dirichlet 0.5). For every K: all teachers per step, m per step with as many
-iterations, and m per step with as many iterations as take about the time of all (K / m times as many). Accuracy is that of the merged
-student after the last iteration. Memory is what the process has of its own at most (not pages of files) above what it had before it read
-the teachers, without the student, its gradients and the optimiser's state, which are counted by themselves; m per step keeps `RESIDENT`
-teachers on the device and the weights of all in their files. Every row runs in a process of its own; finished rows are kept:
-simulations/results/speed/<machine>-many-teachers.json.
+The images of the study's cell dir0.5 go to K clients (Dirichlet 0.5), and are distilled with the settings for a short budget (`QUICK`).
+For every K: all teachers per step, m per step with as many iterations, and m per step with as many iterations as take about the time of
+all (K / m times as many). Accuracy is that of the merged student after the last iteration. Memory is what the process has of its own at
+most (not pages of files) above what it had before it read the teachers, without the student, its gradients and the optimiser's state,
+which are counted by themselves; m per step keeps `RESIDENT` teachers on the device and the weights of all in their files. Every row runs
+in a process of its own; finished rows are kept: simulations/results/speed/<machine>-many-teachers.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from speed import RESULTS, machine_name
+from time_to_accuracy import QUICK
 
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.engine import distill
@@ -79,7 +80,7 @@ def measured(count: int, seed: int, per_step: int, iterations: int) -> dict[str,
     drawn = per_step < count
     engine = ["engine.progress=false", "engine.watch_images=0", f"engine.resident_teachers={RESIDENT if drawn else 0}"]
     draw = [f"method.teachers_per_step={per_step if drawn else 0}", "method.epochs=1", f"method.iterations={iterations}"]
-    config = resolve(CELL, [f"clients.count={count}", f"seed={seed}", *engine, *draw])
+    config = resolve(CELL, [f"clients.count={count}", f"seed={seed}", *engine, *QUICK, *draw])
     data = load_data(config.data, seed)
     runtime = config.engine.runtime()
     before = own_memory()
@@ -91,7 +92,7 @@ def measured(count: int, seed: int, per_step: int, iterations: int) -> dict[str,
     with Peak() as peak:
         result = distill(teachers, student, name, config=settings, seed=seed, engine=config.engine, runtime=runtime)
     parameters = sum(parameter.nbytes for parameter in student.parameters())
-    learner = 3 * parameters  # weights, gradients, momentum
+    learner = 4 * parameters  # weights, gradients, both moments of Adam
 
     def merged() -> float:
         logits = predict(lambda images: result.student(images).logits, data.x_test, data.image)
@@ -104,7 +105,7 @@ def measured(count: int, seed: int, per_step: int, iterations: int) -> dict[str,
         "teachers_and_activations_mb": round((peak.most - before - learner) / 2**20, 1),
         "teacher_files_mb": round(sum(path.stat().st_size for path in (RUNS / f"{count}-{seed}").glob("*.safetensors")) / 2**20, 1),
         "student_mb": round(parameters / 2**20, 1),
-        "gradients_and_optimiser_mb": round(2 * parameters / 2**20, 1),
+        "gradients_and_optimiser_mb": round((learner - parameters) / 2**20, 1),
         "runtime": result.runtime.to_dict(),
     }
 

@@ -44,7 +44,9 @@ from cdfkd_strategy.warm_start import first_student
 CELL = "fashion_mnist/dir0.5"
 SHARE = 0.95
 RUNS = Path("runs/time_to_accuracy")
-SHORT = ("method.epochs=4",)
+QUICK = ("method.student_optimizer=adam", "method.student_lr=0.003", "method.feature_weight=0", "method.schedule=one_cycle")
+"""What suits a short budget, by `calibration/recipes.yaml`."""
+SHORT = (*QUICK, "method.teachers_per_step=3", "method.epochs=5", "method.iterations=56")
 
 
 def main() -> None:
