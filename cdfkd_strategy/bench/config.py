@@ -12,8 +12,9 @@ from cdfkd_strategy.errors import ConfigError, UnknownNameError
 from cdfkd_strategy.models.classifiers import ARCHITECTURES
 from cdfkd_strategy.run_config import RunConfig, bench_names, bench_root, find_config, from_values, merge, read_config
 
-ROW_KEYS = ("student", "server", "cells", "like")
-"""Keys of a row that are not the method's: its student, how its server weighs the teachers, the cells it is run in, and a row that it starts from."""
+ROW_KEYS = ("student", "server", "cells", "like", "published")
+"""Keys of a row that are not the method's: its student, how its server weighs the teachers, the cells it is run in, a row that it starts from, and
+what its paper reports."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class BenchRun:
         seed: of teachers and distillation.
         config: the resolved configuration.
         metrics: names of its epochs' terms that the table shows.
+        published: accuracies of student and teacher in the method's paper, or nothing.
     """
 
     cell: str
@@ -33,6 +35,7 @@ class BenchRun:
     seed: int
     config: RunConfig
     metrics: tuple[str, ...] = ()
+    published: tuple[float, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -54,7 +57,8 @@ class BenchConfig:
         config: a run configuration (keys as there; ``base`` names another one) for all runs; its ``method``, ``study``, ``cell`` and ``seed`` are set here.
         methods: rows of the table by name: ``name`` of the method and its settings, and perhaps ``student`` (keys of the student's
             configuration that are other ones for this row), ``server`` (the same) and ``cells`` (a list; without it the row is run in all cells). A row
-            that is ``like`` another one has all that the other has, except for what it says itself.
+            that is ``like`` another one has all that the other has, except for what it says itself. ``published`` is what the method's paper reports of
+            this kind of task, [student, teacher], for the table to show beside the row's own gap.
         seeds: of the runs; each has its own teachers.
         cells: settings by name: what differs from ``config``; the teachers of a cell are the same for all rows.
         only: run and show these rows only; empty is all.
@@ -99,7 +103,7 @@ class BenchConfig:
                         continue
                     values = self._values_of(row)
                     if cell in self._cells_of(row, values):
-                        yield BenchRun(cell, row, seed, self._bind_run(cell, row, values, seed), self.metrics)
+                        yield BenchRun(cell, row, seed, self._bind_run(cell, row, values, seed), self.metrics, _published(row, values))
 
     def _values_of(self, row: str) -> Mapping[str, Any]:
         values = self.methods[row]
@@ -129,6 +133,13 @@ class BenchConfig:
         for name in (*config.clients.architectures, config.student.backbone):
             ARCHITECTURES[name]
         return config
+
+
+def _published(row: str, values: Mapping[str, Any]) -> tuple[float, ...]:
+    found = values.get("published") or ()
+    if found and not (isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(share, int | float) and 0 < share <= 1 for share in found)):
+        raise ConfigError(f"methods.{row}.published is {found!r}; accepted: [student, teacher], accuracies from 0 to 1")
+    return tuple(map(float, found))
 
 
 def resolve_bench(name: str, overrides: Iterable[str] = ()) -> BenchConfig:

@@ -45,6 +45,7 @@ class BenchRecord:
         bytes_down: of the student's weights, times the clients.
         curve: seconds and accuracy at every evaluated epoch.
         metrics: the bench's own columns: terms of the last epoch that has them.
+        published: accuracies of student and teacher in the method's paper, if the bench says.
     """
 
     row: str
@@ -63,6 +64,7 @@ class BenchRecord:
     bytes_down: int | None = None
     curve: tuple[tuple[float, ...], ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    published: tuple[float, ...] = ()
 
 
 def record_of(summary: Mapping[str, Any]) -> BenchRecord | None:
@@ -94,6 +96,7 @@ def measure(run: BenchRun, done: Distilled, hashes: tuple[str, ...]) -> BenchRec
         bytes_down=_bytes(student) * len(teachers),
         curve=tuple(point[1:] for point in curve),
         metrics={name: next(row[name] for row in reversed(history) if name in row) for name in run.metrics if any(name in row for row in history)},
+        published=run.published,
     )
 
 

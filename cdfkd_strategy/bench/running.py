@@ -157,7 +157,7 @@ def in_this_process(run: BenchRun, home: Path, directory: Path) -> None:
 
 def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
     """`in_this_process` in a process of its own, so that peak memory is this run's alone; if it dies, that is the record."""
-    what = (run.cell, run.row, run.seed, to_dict(run.config), run.metrics, str(home), str(directory))
+    what = (run.cell, run.row, run.seed, to_dict(run.config), run.metrics, run.published, str(home), str(directory))
     process = multiprocessing.get_context("spawn").Process(target=_child, args=what, daemon=True)
     process.start()
     process.join()
@@ -167,8 +167,8 @@ def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
         store(directory, run, BenchRecord(run.row, run.config.method_config()[0], error=words, died=True))
 
 
-def _child(cell: str, row: str, seed: int, values: dict[str, Any], metrics: tuple[str, ...], home: str, directory: str) -> None:
+def _child(cell: str, row: str, seed: int, values: dict[str, Any], metrics: tuple[str, ...], published: tuple[float, ...], home: str, directory: str) -> None:
     log = logging.getLogger("cdfkd_strategy")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
-    in_this_process(BenchRun(cell, row, seed, from_values(values), metrics), Path(home), Path(directory))
+    in_this_process(BenchRun(cell, row, seed, from_values(values), metrics, published), Path(home), Path(directory))

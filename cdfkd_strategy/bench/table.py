@@ -23,11 +23,11 @@ TABLE, MARKDOWN, PICTURE = "table.csv", "table.md", "accuracy_seconds.png"
 COLUMNS = (
     "cell", "method", "seed", "teacher", "ensemble_uniform", "ensemble_oracle", "accuracy_last", "accuracy_best", "agreement", "seconds",
     "student_steps", "generator_steps", "peak_memory_mb", "bytes_up", "bytes_down",
-    "ensemble_estimated", "gap", "best_epoch", "class_entropy", "registered_as", "teachers_sha256", "commit", "error",
+    "ensemble_estimated", "gap", "published_gap", "best_epoch", "class_entropy", "registered_as", "teachers_sha256", "commit", "error",
 )  # fmt: skip
 """Of the CSV. ``method`` is the row's name, ``teacher`` the mean of the teachers, ``gap`` what ``accuracy_last`` lacks to ``ensemble_estimated``
-(the ensemble with the weights of the run; of one teacher, the teacher); ``accuracy_best`` is selected on the test images. Accuracies are fractions.
-A bench's own columns (``metrics``) follow, under the names of the terms."""
+(the ensemble with the weights of the run; of one teacher, the teacher), ``published_gap`` the same in the method's paper; ``accuracy_best`` is
+selected on the test images. Accuracies are fractions. A bench's own columns (``metrics``) follow, under the names of the terms."""
 
 
 class Entry(NamedTuple):
@@ -53,6 +53,11 @@ class Entry(NamedTuple):
         """What the student lacks to the ensemble."""
         last, reference = self.accuracy.get("student_merged"), self.accuracy.get("ensemble_estimated")
         return None if last is None or reference is None else reference - last
+
+    @property
+    def published_gap(self) -> float | None:
+        """What the student lacks to the teacher in the method's paper."""
+        return self.record.published[1] - self.record.published[0] if self.record.published else None
 
 
 def entries(summaries: Sequence[Summary]) -> list[Entry]:
@@ -105,6 +110,7 @@ def _values(run: Entry) -> dict[str, Any]:
         "accuracy_last": accuracy.get("student_merged"),
         "peak_memory_mb": summary["rounds"][-1]["peak_memory_mb"] if accuracy else None,
         "gap": run.gap,
+        "published_gap": run.published_gap,
         "registered_as": record.method,
         "teachers_sha256": " ".join(record.teachers),
         "commit": summary["commit"],
@@ -114,7 +120,7 @@ def _values(run: Entry) -> dict[str, Any]:
 def markdown_table(runs: Sequence[Entry]) -> str:
     """A row per cell and method, the mean and standard deviation over its seeds, and where it was measured."""
     head = [
-        "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", "gap", "agreement", "best epoch (selected on test)", "seconds",
+        "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", "gap", "published gap", "agreement", "best epoch (selected on test)", "seconds",
         "student steps", "generator steps", "peak memory", "class entropy", *(extra := own_columns(runs)),
     ]  # fmt: skip
     places = {place: [run for run in runs if run.place == place] for place in dict.fromkeys(run.place for run in runs)}
@@ -124,7 +130,8 @@ def markdown_table(runs: Sequence[Entry]) -> str:
     commits = dict.fromkeys(short_commit(origin["commit"]) for run in runs for origin in origins(run.summary))
     note = (
         "Accuracy, gap and agreement on the global test set in %, mean ± standard deviation over seeds. Teacher: mean of the teachers; ensemble: with the "
-        "weights of the run; gap: what the last epoch lacks to the ensemble; agreement: test images to which student and ensemble give the same class. Seconds "
+        "weights of the run; gap: what the last epoch lacks to the ensemble; published gap: in the method's paper, with its networks, teacher and budget; "
+        "agreement: test images to which student and ensemble give the same class. Seconds "
         "without evaluation. Generator steps are all optimiser steps that are not the student's. Peak memory in MB, of a process of its own. Class entropy "
         f"(nats, at most ln C) of the ensemble's classes of {ENTROPY_IMAGES} synthetic images. Measured on {'; '.join(machines)}. Commit {', '.join(commits)}."
     )
@@ -144,6 +151,7 @@ def _row(place: tuple[str, str], runs: Sequence[Entry], extra: Sequence[str]) ->
         spread([run.accuracy["ensemble_estimated"] for run in good], 2),
         f"**{spread([run.accuracy['student_merged'] for run in good], 2)}**",
         spread([run.gap for run in good], 2),
+        _mean([None if run.published_gap is None else 100 * run.published_gap for run in good], ".2f"),
         *(spread(of[name], 2) for name in ("agreement", "accuracy_best")),
         *(_mean(of[name]) for name in ("seconds", "student_steps", "generator_steps")),
         _mean(memory),

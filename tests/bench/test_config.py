@@ -62,6 +62,8 @@ def test_only_some_rows() -> None:
         (["methods.mfs.student.heads=two"], "student.heads is 'two'"),
         (["methods.mfs.cells=[three]"], "methods.mfs.cells is ['three']; accepted: a list of one, two"),
         (["methods.mfs.like=best"], "methods.mfs.like is 'best'; accepted: a row that says everything itself: rdskd"),
+        (["methods.mfs.published=[98.2, 98.9]"], "methods.mfs.published is [98.2, 98.9]; accepted: [student, teacher], accuracies from 0 to 1"),
+        (["methods.mfs.published=0.98"], "methods.mfs.published is 0.98"),
         (["methods.mfs=cdfkd_mfs"], "methods.mfs is 'cdfkd_mfs'; accepted: a mapping"),
         (["cells.two.clients.cuont=3"], "row 'rdskd' in cell 'two': unknown key clients.cuont"),
         (["config.clients.architectures=[lenet6]"], "unknown architecture 'lenet6'"),

@@ -62,6 +62,7 @@ def test_the_record_of_a_run_against_its_files(done: Path) -> None:
     teachers = load_teachers(done / "teachers" / "two-seed4")
     assert record.teachers == tuple(spec.sha256 for spec in teachers.specs)
     assert len(set(record.teachers)) == 2
+    assert record.published == (0.91, 0.92)
     assert (record.row, record.method, record.error) == ("mfs", "cdfkd_mfs", None)
     assert (record.student_steps, record.generator_steps) == (2 * 2 * 3, 2 * 2)
     with (done / "two" / "mfs-seed4" / "losses.csv").open() as file:

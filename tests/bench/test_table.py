@@ -39,7 +39,7 @@ def run(directory: Path, row: str, seed: int, merged: float, **record: Any) -> P
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     for seed, merged in ((0, 0.85), (1, 0.87)):
-        run(tmp_path / f"x{seed}", "good", seed, merged)
+        run(tmp_path / f"x{seed}", "good", seed, merged, published=(0.9, 0.925))
     run(tmp_path / "y0", "half", 0, 0.5)
     run(tmp_path / "y1", "half", 1, 0.0, error="it became NaN\nand more")
     return tmp_path
@@ -58,6 +58,7 @@ def test_the_csv_has_a_row_per_run_and_fractions(runs: Path) -> None:
         0.88,
     ]
     assert float(first["gap"]) == pytest.approx(0.92 - 0.85)
+    assert [row["published_gap"] for row in rows] == ["0.025", "0.025", "", ""]
     assert [first[name] for name in ("seconds", "student_steps", "generator_steps", "peak_memory_mb")] == ["12.0", "50", "10", "300.0"]
     assert [first[name] for name in ("bytes_up", "bytes_down", "best_epoch", "registered_as", "teachers_sha256")] == ["10", "20", "3", "rdskd", "0a 0b"]
     assert rows[3]["error"] == "it became NaN\nand more"
@@ -69,9 +70,9 @@ def test_markdown_has_means_over_seeds_and_says_what_failed(runs: Path) -> None:
     cells = {line.split("|")[2].strip(): [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| c ")}
     deviation = statistics.stdev([85.0, 87.0])
     assert cells["good"][2:6] == ["2", "85.00 ± 0.00", "92.00 ± 0.00", f"**86.00 ± {deviation:.2f}**"]
-    assert cells["good"][6:9] == [f"6.00 ± {deviation:.2f}", "70.00 ± 0.00", "88.00 ± 0.00"]
-    assert cells["good"][9:] == ["12", "50", "10", "300", "2.25"]
-    assert cells["half"][2:6] == ["1 of 2", "85.00", "92.00", "**50.00**"]
+    assert cells["good"][6:10] == [f"6.00 ± {deviation:.2f}", "2.50", "70.00 ± 0.00", "88.00 ± 0.00"]
+    assert cells["good"][10:] == ["12", "50", "10", "300", "2.25"]
+    assert [*cells["half"][2:6], cells["half"][7]] == ["1 of 2", "85.00", "92.00", "**50.00**", "-"]
     assert "best epoch (selected on test)" in text
     assert "- half in c, seed 1: it became NaN and more" in text
     assert "Failed" not in markdown_table(entries(find_results(runs / "x0")))

@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
         },
         "mfs": {
             "name": "cdfkd_mfs",
+            "published": [0.91, 0.92],
             "epochs": 2,
             "iterations": 2,
             "student_steps": 3,
