@@ -14,6 +14,7 @@ import argparse
 import csv
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,11 @@ def distil(teachers: Path, candidate: str, overrides: list[str]) -> None:
     if (out / "summary.json").exists() and read_summary(out)["finished"]:
         return
     print(f"== {out}: {' '.join(overrides)}", flush=True)
+    todo = plan(teachers, overrides)
+    if todo.data is None:
+        sys.exit("without the images there is nothing to judge by; put them where data.path or CDFKD_DATA says, and start again")
     out.mkdir(parents=True, exist_ok=True)
-    distill_directory(plan(teachers, overrides), out, resume=True)
+    distill_directory(todo, out, resume=True)
     (out / "candidate.json").write_text(json.dumps({"candidate": candidate, "overrides": overrides}))
 
 
