@@ -110,7 +110,7 @@ def test_the_student_does_not_depend_on_what_an_expired_teacher_knows(monkeypatc
         def second_round_alone(options: Any, teachers: TeacherEnsemble, previous: Any, number: int, *rest: Any) -> Any:
             if number == 2:  # what round 1 made of the teacher is not the question: both start from the same student
                 torch.manual_seed(7)
-                previous = MultiHeaderStudent("lenet_bn", 3, IMAGE)
+                previous = distillation.Distilled(MultiHeaderStudent("lenet_bn", 3, IMAGE))
             return distillation.distil_round(options, teachers, previous, number, *rest)
 
         monkeypatch.setattr("cdfkd_strategy.flower.session.distil_round", second_round_alone)
