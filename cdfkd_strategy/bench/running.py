@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
@@ -162,7 +163,8 @@ def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
     process.start()
     process.join()
     if process.exitcode != 0:
-        words = f"its process died with exit code {process.exitcode}; memory may have run out"
+        why = "it was stopped" if process.exitcode in (-signal.SIGINT, -signal.SIGTERM) else "memory may have run out"
+        words = f"its process died with exit code {process.exitcode}; {why}"
         logger.warning("%s in %s, seed %d: %s", run.row, run.cell, run.seed, words)
         store(directory, run, BenchRecord(run.row, run.config.method_config()[0], error=words, died=True))
 
