@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.data.client_share import ClientShare, client_share
 from cdfkd_strategy.data.datasets import DataConfig, load_data
 from cdfkd_strategy.data.image_data import ImageData
@@ -306,9 +307,16 @@ def test_a_process_that_dies_says_both_what_may_have_killed_it_and_what_to_do(di
             future.set_exception(BrokenProcessPool("died"))
             return future
 
-    monkeypatch.setattr("cdfkd_strategy.local_training.all_clients.ProcessPoolExecutor", Pool)
+    began: list[object] = []
+
+    def pool(*args: object, **more: object) -> Pool:
+        began.append(more["initializer"])
+        return Pool(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("cdfkd_strategy.local_training.all_clients.ProcessPoolExecutor", pool)
     with pytest.raises(CDFKDError, match=r'a training process died.*if __name__ == "__main__":.*memory.*fewer workers'):
         train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=2)
+    assert began == [end_with_parent], "a worker ends with the one that started it, see test_child_process"
 
 
 def fingerprint() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cdfkd_strategy.bench.config import BenchConfig, BenchRun
 from cdfkd_strategy.bench.record import BenchRecord, measure, read_done, store
+from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.offline import FIXED, distill_directory, plan_for, write_teachers
@@ -170,6 +171,7 @@ def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
 
 
 def _child(cell: str, row: str, seed: int, values: dict[str, Any], metrics: tuple[str, ...], published: tuple[float, ...], home: str, directory: str) -> None:
+    end_with_parent()
     log = logging.getLogger("cdfkd_strategy")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)

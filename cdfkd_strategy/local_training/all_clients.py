@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.data.client_share import ClientShare, client_share
 from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.data.image_data import ImageData
@@ -117,7 +118,7 @@ def _outcomes(config: ClientsConfig, data: ImageData, data_config: DataConfig, i
     if workers <= 1:
         yield from ((k, _train_job(job(k))) for k in range(config.count))
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             waiting = {pool.submit(_train_job, job(k)): k for k in range(config.count)}
             for done in as_completed(waiting):

@@ -6,6 +6,8 @@ import csv
 import logging
 import math
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -284,3 +286,17 @@ def test_an_interrupted_bench_leaves_no_process_behind(done: Path, tmp_path: Pat
         run_bench(tiny(cells=TWO_ROWS), tmp_path, teachers=done / "teachers", jobs=2, start=start)
     assert started.is_set()
     assert multiprocessing.active_children() == []
+
+
+def test_the_rows_of_a_killed_bench_end_with_it(done: Path, tmp_path: Path) -> None:
+    endless = {**VALUES, "cells": TWO_ROWS, "methods": {"rdskd": {**VALUES["methods"]["rdskd"], "student_epochs": 10**6}}}
+    write_json(tmp_path / "endless.yaml", endless)
+    command = ["bench", str(tmp_path / "endless.yaml"), "--out", str(tmp_path / "out"), "--teachers", str(done / "teachers")]
+    bench = subprocess.Popen([sys.executable, "-m", "cdfkd_strategy", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    losses = tmp_path / "out" / "two" / "rdskd-seed4" / "losses.csv"
+    until = time.monotonic() + 60
+    while not losses.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    bench.kill()
+    said, _ = bench.communicate(timeout=20)  # the row's process has the same standard output: this ends when both have
+    assert losses.exists(), said.decode()
