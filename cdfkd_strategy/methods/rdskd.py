@@ -71,6 +71,8 @@ class RDSKDConfig:
         student_epochs: epochs of stage (b).
         iterations: steps per epoch, in both stages; at least 2, since the references are refreshed after the second.
         batch_size: synthetic images per step; even, for the two halves.
+        student_batch_size: images per step of stage (b); None is ``batch_size``, as in the authors' code. Where steps and not images are what a
+            short budget lacks, many small steps teach the student more.
         generator_lr: Adam, default betas.
         student_lr: Adam, default betas.
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10; none for MNIST and SVHN.
@@ -85,6 +87,7 @@ class RDSKDConfig:
     student_epochs: int = 1000
     iterations: int = 120
     batch_size: int = 512
+    student_batch_size: int | None = None
     generator_lr: float = 1e-3
     student_lr: float = 2e-3
     student_milestones: tuple[int, ...] = (800,)
@@ -100,6 +103,8 @@ class RDSKDConfig:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least {least}")
         if self.batch_size < 4 or self.batch_size % 2:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: an even number, at least 4 (the diversity loss compares two halves)")
+        if self.student_batch_size is not None and self.student_batch_size < 2:
+            raise ConfigError(f"method.student_batch_size is {self.student_batch_size}; accepted: at least 2 (BatchNorm needs two images), or null")
         if self.temperature <= 0:
             raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
         for name in ("one_hot_factor", "entropy_factor", "diversity_factor"):
@@ -206,7 +211,7 @@ class RDSKD(Distiller):
     def _student_step(self) -> LossTerms:
         with self.runtime.autocast():
             with torch.no_grad():
-                images = self._draw(self.config.batch_size, self.rng)
+                images = self._draw(self.config.student_batch_size or self.config.batch_size, self.rng)
                 teachers = self.teachers(images)
             student = self.student(images).logits
         target = head_targets(teachers, self.teachers.weights, len(student))

@@ -8,7 +8,7 @@ behind it, f(x) its features before the classifier, T(x) = its logits.
 (a) Images, round by round, all classes jointly:
 
         R_ij = <w_i, w_j> / (|w_i| |w_j|),   v ~ N(mu, sigma^2 R),   y = softmax( H(v) / tau_y )
-        min_x  tau^2 KL( y || softmax(T(x) / tau) ) - lambda_a mean|f(x)|                 (Adam, from x ~ U(0, 1))
+        min_x  tau_x^2 KL( y || softmax(T(x) / tau_x) ) - lambda_a mean|f(x)|             (Adam, from noise)
 
 (b) Distillation over all images: L_S = tau^2 KL( softmax(T(x) / tau) || softmax(S(x) / tau) )  (Adam).
 
@@ -20,17 +20,18 @@ Known are the layer, R from its weights, the joint targets, L_a, sigma (2.0 for 
 for AlexNet, 0.05 for LeNet-5). *Reconstruction* is what else there is, since the paper has no code:
 
 - mu = 0 (``mu="bias"`` is the layer's bias); v is taken before the activation.
-- tau_y = 1 and tau = 20, as ZSKD compares its targets with a tempered teacher: images must have logits tau / tau_y times as
-  large as H(v). With tau_y = tau a faint pattern in noise is enough, and a student of 2,000 such images learned nothing of MNIST
-  (accuracy 0.12; 0.32 and 0.34 with tau_y = 1 and 4 and half the images, from one teacher and seed, far below what a full budget is for).
-- The factor tau^2 also in (a), so that lambda_a means the same at every tau.
+- tau_y = tau_x = 1: the logits of an image are H(v). With tau_x = 20, as ZSKD compares its targets with a tempered teacher, they
+  would have to be 20 times as large, and pixels end at 0 and 1 without reaching that; with tau_y = tau_x = 20 a faint pattern in
+  noise is enough. tau = 20, for the student, is ZSKD's. `simulations/LOG.md` has the trials on MNIST.
+- x starts as N(mean, std) of real images' pixels, clipped to [0, 1]; ``start="uniform"`` is U(0, 1).
+- The factor tau_x^2, so that lambda_a means the same at every tau_x.
 - Adam of rate 0.01 on pixels that are clipped to [0, 1] after every step, 1500 steps, 100 images a round, 40,000 images.
 - The student learns what the teacher says of the final images, not y, shifted, and mirrored if they are in colour; Adam 1e-3 and 500
   epochs from ZSKD.
 - R makes classes correlated, and nothing balances them: the class histogram of y is among the metrics, and ``balance="reject"``
   keeps candidates so that all classes are as frequent as they can be. The default keeps them as they come, as the paper does.
 
-Ablations: ``mu``, ``sigma``, ``layer``, ``target_temperature``, ``balance``.
+Ablations: ``mu``, ``sigma``, ``layer``, ``target_temperature``, ``image_temperature``, ``start``, ``balance``.
 
 Several teachers (the paper has one) take turns: the targets and images of a round are those of one of them, and candidates
 are kept with a probability proportional to the weight w[k, c] of teacher k for the target's class c, so that a teacher makes images of
@@ -73,7 +74,9 @@ class SoftTargetsConfig:
         mu: mean of v, "zero" or the layer's "bias".
         sigma: standard deviation of v (1.5 for MNIST; 0.5 to 3 are reported to be fine).
         target_temperature: tau_y.
-        temperature: tau, in both stages.
+        image_temperature: tau_x, of the teacher that looks at the images of stage (a).
+        start: of the pixels, "normal" (mean and standard deviation of real ones) or "uniform".
+        temperature: tau, of stage (b).
         balance: "none" keeps targets as they come, "reject" makes classes as equally frequent as the candidates allow.
         candidates: targets drawn for every one that is kept.
         rounds: batches of images, one epoch each.
@@ -93,6 +96,8 @@ class SoftTargetsConfig:
     mu: Literal["zero", "bias"] = "zero"
     sigma: float = 2.0
     target_temperature: float = 1.0
+    image_temperature: float = 1.0
+    start: Literal["normal", "uniform"] = "normal"
     temperature: float = 20.0
     balance: Literal["none", "reject"] = "none"
     candidates: int = 4
@@ -114,7 +119,7 @@ class SoftTargetsConfig:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
         if self.batch_size < 2:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        for name in ("sigma", "target_temperature", "temperature"):
+        for name in ("sigma", "target_temperature", "image_temperature", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
 
@@ -213,7 +218,7 @@ class SoftTargets(Distiller):
         """The weighted terms of stage (a) for ``pixels [B, channels, H, W]`` in [0, 1]."""
         said = self.teachers.only([targets.teacher]).observe(self.image.normalise(pixels), bn=False)
         assert said.features[0] is not None
-        tau = self.config.temperature
+        tau = self.config.image_temperature
         y = targets.logits * (tau / self.config.target_temperature)  # what T(x) must be, up to a constant
         return {
             "images/kl": kl_divergence(said.logits[0], y, tau),
@@ -223,7 +228,8 @@ class SoftTargets(Distiller):
     def _synthesise(self, targets: Targets) -> Metrics:
         """Optimise one batch of images and add it to the transfer set; the metrics are those of the last step, and the balance of its targets."""
         config = self.config
-        noise = torch.rand(config.image_batch, *self.image.shape, generator=self.rng)
+        shape = (config.image_batch, *self.image.shape)
+        noise = torch.rand(shape, generator=self.rng) if config.start == "uniform" else self.image.to_pixels(torch.randn(shape, generator=self.rng))
         pixels, terms = optimise_pixels(
             self.runtime.images(noise), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=clipped
         )

@@ -82,11 +82,11 @@ def test_stage_a_equals_a_plain_reference(count: int, factors: tuple[float, floa
     same_images(distiller.generator, generator)
 
 
-@pytest.mark.parametrize("heads", [3, 1])
-def test_stage_b_equals_a_plain_reference(heads: int) -> None:
-    """Header k learns teacher k; a single one learns the ensemble fused with the class weights."""
+@pytest.mark.parametrize(("heads", "own_batch"), [(3, None), (1, None), (3, 8)])
+def test_stage_b_equals_a_plain_reference(heads: int, own_batch: int | None) -> None:
+    """Header k learns teacher k; a single one learns the ensemble fused with the class weights. It may have a batch size of its own."""
     weights = torch.rand(3, DIGITS.num_classes, generator=torch.Generator().manual_seed(0))
-    distiller = build(3, heads=heads, teachers=trained_ensemble(3, weights))
+    distiller = build(3, heads=heads, teachers=trained_ensemble(3, weights), student_batch_size=own_batch)
     distiller.run_epoch(0)
     config = distiller.config
     generator, student = copy.deepcopy(distiller.generator).eval(), copy.deepcopy(distiller.student).train()
@@ -95,7 +95,7 @@ def test_stage_b_equals_a_plain_reference(heads: int) -> None:
     optimizer = torch.optim.Adam(student.parameters(), lr=config.student_lr)
     total = 0.0
     for _ in range(config.iterations):
-        x = generator(torch.randn(config.batch_size, config.generator.latent_dim, generator=rng)).detach()
+        x = generator(torch.randn(own_batch or config.batch_size, config.generator.latent_dim, generator=rng)).detach()
         logits, loss = student(x).logits, 0.0
         targets = [teacher(x) for teacher in distiller.teachers.nets]
         if heads == 1:
@@ -216,6 +216,7 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
         ({"iterations": 1}, "iterations is 1; accepted: at least 2"),
         ({"batch_size": 33}, "an even number"),
         ({"batch_size": 2}, "at least 4"),
+        ({"student_batch_size": 1}, "student_batch_size is 1; accepted: at least 2"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"diversity_factor": -1.0}, "diversity_factor is -1.0; accepted: 0 or more"),
     ],

@@ -108,7 +108,7 @@ def test_balance_is_measured() -> None:
 
 
 def test_image_loss_equals_a_plain_reference() -> None:
-    distiller = build(3, activation_weight=0.3, temperature=5.0, target_temperature=2.0)
+    distiller = build(3, activation_weight=0.3, image_temperature=5.0, target_temperature=2.0)
     pixels = torch.rand(7, *DIGITS.shape, generator=torch.Generator().manual_seed(1))
     targets = torch.randn(7, 10, generator=torch.Generator().manual_seed(2)) * 3
     found = {name: float(value) for name, value in distiller.image_loss(pixels, Targets(targets, 2)).items()}
@@ -122,11 +122,24 @@ def test_image_loss_equals_a_plain_reference() -> None:
 
 
 def test_the_images_come_to_mean_their_targets() -> None:
-    distiller = build(image_steps=60, image_batch=50, rounds=1, target_temperature=20.0)
+    distiller = build(image_steps=60, image_batch=50, rounds=1)
     terms = distiller.run_epoch(0)
     assert terms["images/agreement"] > 0.9
     assert terms["images/kl"] < 0.05
     assert terms["targets/rarest"] < 0.1 < terms["targets/commonest"]
+
+
+@pytest.mark.parametrize(("start", "mean", "std"), [("normal", 0.5, 0.1), ("uniform", 0.5, 12**-0.5)])
+def test_where_pixels_start(start: str, mean: float, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Tensor] = []
+    distiller = build(image_batch=500, rounds=1, image_steps=1, start=start)
+    distiller.image = dataclasses.replace(DIGITS, mean=(0.5,), std=(0.1,))
+    optimise = soft_targets.optimise_pixels
+    monkeypatch.setattr(soft_targets, "optimise_pixels", lambda pixels, *rest, **named: (starts.append(pixels), optimise(pixels, *rest, **named))[1])
+    distiller.run_epoch(0)
+    assert float(starts[0].mean()) == pytest.approx(mean, abs=0.01)
+    assert float(starts[0].std()) == pytest.approx(std, rel=0.02)
+    assert 0 <= float(starts[0].min()) < float(starts[0].max()) <= 1
 
 
 # -- the schedule --------------------------------------------------------------------------------------------------
@@ -193,11 +206,11 @@ def test_what_is_disclosed_and_the_defaults_that_are_known() -> None:
     assert SoftTargets.needs.disclosed() == ("features",)
     config = SoftTargetsConfig()
     assert (config.layer, config.sigma, config.activation_weight) == ("fc2", 2.0, 0.1)
-    assert (config.target_temperature, config.temperature) == (1.0, 20.0)
+    assert (config.target_temperature, config.image_temperature, config.temperature) == (1.0, 1.0, 20.0)
     assert config.rounds * config.image_batch == config.iterations * config.batch_size == config.pool_size == 40_000
 
 
-@pytest.mark.parametrize("change", [{"rounds": 0}, {"candidates": 0}, {"batch_size": 1}, {"sigma": 0.0}, {"temperature": -1.0}, {"target_temperature": 0.0}])
+@pytest.mark.parametrize("change", [{"rounds": 0}, {"candidates": 0}, {"batch_size": 1}, {"sigma": 0.0}, {"temperature": -1.0}, {"image_temperature": 0.0}])
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any]) -> None:
     ((name, value),) = change.items()
     with pytest.raises(ConfigError, match=f"{name} is {value}"):
