@@ -126,7 +126,8 @@ def test_mnist_has_the_classical_networks_and_tuning_looks_at_no_test_image() ->
     methods, tuning = resolve_bench("mnist_methods"), resolve_bench("mnist_tuning")
     assert methods.seeds == (0, 1, 2)
     for run in methods.runs:
-        assert (run.config.student.backbone, run.config.student.heads, run.config.clients.count) == ("lenet_half", "plain", 1)
+        half = {"lenet": "lenet_half", "lenet_bn": "lenet_half_bn"}[run.cell]
+        assert (run.config.student.backbone, run.config.student.heads, run.config.clients.count) == (half, "plain", 1)
         assert run.config.clients.architectures == (run.cell,)
         assert run.config.data.validation_size is None
     assert set(methods.methods) <= set(tuning.methods)
