@@ -112,10 +112,13 @@ def test_the_columns_of_cgdd_are_terms_of_its_epochs() -> None:
     bench = resolve_bench("cgdd_images")
     assert bench.metrics == ("images/label_agreement", "images/class_balance")
     assert all(run.metrics == bench.metrics for run in bench.runs)
+    same, mine = ({run.row: run.config for run in resolve_bench(name).runs} for name in ("mnist_methods", "cgdd_images"))
+    assert all(mine[row].method == same[row].method for row in ("cgdd", "dfq", "dfad")), "the file says so"
+    assert mine["cgdd"].student == same["cgdd"].student
     image = IMAGES["mnist"]
     with seeding.seeded_scope("study"):
         teachers = TeacherEnsemble([build_classifier("lenet_bn", image)], image=image)
-    student = chosen_student("plain", "lenet_half", teachers, max_width=None, init="random", seed=0)
+    student = chosen_student("plain", "lenet_half_bn", teachers, max_width=None, init="random", seed=0)
     settings = shortened(get_method("cgdd").Config(), 4)
     engine = EngineConfig(device="cpu", threads=1, precision="float32", watch_images=0, progress=False)
     (row,) = distill(teachers, student, "cgdd", config=settings, image=image, engine=engine).history

@@ -210,7 +210,18 @@ def test_what_is_disclosed_and_the_defaults_that_are_known() -> None:
     assert config.rounds * config.image_batch == config.iterations * config.batch_size == config.pool_size == 40_000
 
 
-@pytest.mark.parametrize("change", [{"rounds": 0}, {"candidates": 0}, {"batch_size": 1}, {"sigma": 0.0}, {"temperature": -1.0}, {"image_temperature": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounds": 0},
+        {"candidates": 0},
+        {"batch_size": 1},
+        {"sigma": 0.0},
+        {"temperature": -1.0},
+        {"target_temperature": 0.0},
+        {"image_temperature": 0.0},
+    ],
+)
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any]) -> None:
     ((name, value),) = change.items()
     with pytest.raises(ConfigError, match=f"{name} is {value}"):
