@@ -52,13 +52,18 @@ def collect(run_dir: Path, results: Path) -> Path:
         CDFKDError: the run is missing or not finished.
     """
     summary = read_summary(run_dir)
-    record = summary.get(BENCH, {})
-    if not summary["finished"] and not record.get("error"):
+    if not summary["finished"] and not summary.get(BENCH, {}).get("error"):
         raise CDFKDError(f"the run in {run_dir} is not finished; continue it with --resume before its result is kept")
+    return put(summary, results)
+
+
+def put(summary: Summary, results: Path) -> Path:
+    """Write a summary to where `collect` has its copy."""
+    record = summary.get(BENCH, {})
     name = f"{summary['cell']}/{record['row']}" if record else summary["cell"]
     target = results / summary["study"] / f"{name}-seed{summary['seed']}"
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / FILE_NAME, summary)
+    write_json(target / FILE_NAME, dict(summary))
     return target / FILE_NAME
 
 

@@ -208,6 +208,15 @@ def check_same_config(saved: Mapping[str, Any], config: RunConfig) -> None:
             )
 
 
+def is_same_config(saved: Mapping[str, Any], config: RunConfig) -> bool:
+    """Does `check_same_config` accept it?"""
+    try:
+        check_same_config(saved, config)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with the defaults of settings that its version did not have yet."""
     try:

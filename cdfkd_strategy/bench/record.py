@@ -133,5 +133,12 @@ def read_done(directory: Path, run: BenchRun) -> dict[str, Any] | None:
         return summary
     if not summary["finished"]:
         raise CDFKDError(f"{directory / FILE_NAME} has a record and no end; remove the directory, so that it is run anew")
-    limited = summary["stopped_by"] == "max_seconds" and not run.config.engine.is_over(record.seconds or 0.0)
-    return None if limited else summary
+    return summary if is_whole(summary, run) else None
+
+
+def is_whole(summary: Mapping[str, Any], run: BenchRun) -> bool:
+    """Is a summary that of a run without an error which ``engine.max_seconds``, as it is now, would not let go on?"""
+    record = record_of(summary)
+    if record is None or record.error is not None or not summary["finished"]:
+        return False
+    return summary["stopped_by"] != "max_seconds" or run.config.engine.is_over(record.seconds or 0.0)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
 from cdfkd_strategy.bench.config import BenchConfig, BenchRun
-from cdfkd_strategy.bench.record import BenchRecord, measure, read_done, store
+from cdfkd_strategy.bench.record import BenchRecord, is_whole, measure, read_done, record_of, store
 from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.offline import FIXED, distill_directory, plan_for, write_teachers
 from cdfkd_strategy.run_config import RunConfig, from_values
-from cdfkd_strategy.summary import FILE_NAME, check_same_config, read_summary
+from cdfkd_strategy.summary import FILE_NAME, check_same_config, is_same_config, read_summary
 from cdfkd_strategy.teacher_directory import INDEX, load_teachers
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def run_bench(
     teachers: Path | None = None,
     jobs: int = 1,
     start: Start | None = None,
+    kept: Sequence[Mapping[str, Any]] = (),
     on_done: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is not done yet, and give the summaries of all runs.
@@ -50,13 +51,14 @@ def run_bench(
         teachers: directory of teacher directories; None is one inside ``out``.
         jobs: rows that run at the same time.
         start: how a row is run; None is `in_own_process`.
+        kept: summaries of before, from other directories: what is finished there with the same settings and teachers is not run again.
         on_done: called with all summaries so far after every run.
 
     Returns:
         In the order of ``bench.runs``.
 
     Raises:
-        CheckpointError: runs or teachers that are there are of another configuration.
+        CheckpointError: runs or teachers that are there are of another configuration, or kept results were made on other teachers.
         ConfigError: ``jobs`` is below 1.
         CDFKDError: teachers cannot be trained.
     """
@@ -71,6 +73,9 @@ def run_bench(
     missing = [number for number in range(len(runs)) if number not in done]
     for name, run in {runs[number].teachers: runs[number] for number in missing}.items():
         _train_teachers(run.config, homes / name)
+        of_these = _on_teachers(homes / name, run, kept)
+        done |= {number: dict(old) for number in missing if runs[number].teachers == name and (old := _find(runs[number], of_these)) is not None}
+    missing = [number for number in missing if number not in done]
 
     def run_one(number: int) -> None:
         run = runs[number]
@@ -139,6 +144,34 @@ def _check_teachers(run: BenchRun, home: Path) -> None:
     for key, there, here in different:
         if key not in MAY_DIFFER:
             raise CheckpointError(f"the teachers in {home} were made with {key}={there!r}, not {here!r}; name another directory for teachers")
+
+
+def _on_teachers(home: Path, run: BenchRun, kept: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The kept results of a run's cell and seed.
+
+    Raises:
+        CheckpointError: they were made on other teachers, so that one table cannot hold them and this run.
+    """
+    hashes = tuple(spec.sha256 for spec in load_teachers(home).specs)
+    place = (run.config.study, run.cell, run.seed)
+    found = [summary for summary in kept if (summary["study"], summary["cell"], summary["seed"]) == place]
+    for summary in found:
+        record = record_of(summary)
+        if record is not None and record.teachers and record.teachers != hashes:
+            raise CheckpointError(
+                f"row {record.row!r} in cell {run.cell!r}, seed {run.seed}, is kept with a result on other teachers than those in {home}; "
+                "name the directory of its teachers, or keep results elsewhere"
+            )
+    return found
+
+
+def _find(run: BenchRun, kept: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """A finished result of this row and its settings; None if it has to be run."""
+    for summary in kept:
+        record = record_of(summary)
+        if record is not None and record.row == run.row and is_whole(summary, run) and is_same_config(summary["config"], run.config):
+            return summary
+    return None
 
 
 def in_this_process(run: BenchRun, home: Path, directory: Path) -> None:

@@ -82,7 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--teachers", metavar="DIR", help="where the teachers are, or are put; default: in --out")
     bench.add_argument("--only", metavar="ROWS", help="rows to run, separated by commas; default: all")
     bench.add_argument("--jobs", type=int, default=1, metavar="N", help="rows to run at the same time; give each its share of the cores by engine.threads")
-    bench.add_argument("--keep", metavar="RESULTS", help="also copy the summaries to RESULTS/<study>, and write the table there")
+    bench.add_argument(
+        "--keep",
+        metavar="RESULTS",
+        help="also copy every summary to RESULTS/<study>, and write the table there; what is finished there, on the same teachers, is not run again",
+    )
     bench.set_defaults(command="benching:bench")
     _add_showing(commands)
     return parser

@@ -13,7 +13,7 @@ from cdfkd_strategy.bench.table import entries, markdown_table, write_tables
 from cdfkd_strategy.cli.running import check_out
 from cdfkd_strategy.errors import MissingExtraError
 from cdfkd_strategy.parallel import check_alone
-from cdfkd_strategy.report import collect, find_results
+from cdfkd_strategy.report import find_results, put
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +25,26 @@ def bench(args: argparse.Namespace) -> None:
     found = resolve_bench(args.config, [*args.overrides, *only])
     out = check_out(args.out, resume=args.resume)
 
+    results = Path(args.keep) if args.keep else None
+
     def on_done(summaries: list[dict[str, Any]]) -> None:
         write_tables(out, summaries, picture=False)
+        if results is not None:
+            _keep(results, summaries)
 
     teachers = Path(args.teachers).resolve() if args.teachers else None
-    summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, on_done=on_done)
+    kept = find_results(results / found.study) if results is not None else []
+    summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, kept=kept, on_done=on_done)
     print(markdown_table(entries(summaries)))
     _write(out, summaries)
-    if args.keep:
-        results = Path(args.keep)
-        for run in found.runs:
-            collect(out / run.path, results)
+    if results is not None:
+        _keep(results, summaries)
         _write(results / found.study, [item for item in find_results(results / found.study) if item["study"] == found.study])
+
+
+def _keep(results: Path, summaries: list[dict[str, Any]]) -> None:
+    for summary in summaries:
+        put(summary, results)
 
 
 def _write(directory: Path, summaries: list[dict[str, Any]]) -> None:

@@ -153,6 +153,29 @@ def test_teachers_elsewhere_are_used(done: Path, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "out/two/mfs-seed4/student.safetensors").read_bytes() == (done / "two/mfs-seed4/student.safetensors").read_bytes()
 
 
+def test_what_is_kept_with_results_is_not_run_again_elsewhere(done: Path, tmp_path: Path) -> None:
+    kept, started = [read_summary(done / run.path) for run in tiny().runs], Started()
+    teachers = done / "teachers"
+    summaries = run_bench(tiny(), tmp_path / "all", teachers=teachers, start=started, kept=kept)
+    assert started.rows == []
+    assert summaries == kept
+    bench = tiny("methods.mfs.epochs=3", "cells={two: {clients: {count: 2}}}")
+    changed = run_bench(bench, tmp_path / "changed", teachers=teachers, start=started, kept=kept)
+    assert started.rows == ["two/mfs-seed4"]
+    assert (changed[0], changed[1]["config"]["method"]["epochs"]) == (kept[1], 3)
+    for difference in ({"stopped_by": "max_seconds"}, {"bench": {**kept[2]["bench"], "error": "there was no memory"}}):
+        run_bench(tiny("only=[mfs]"), tmp_path / next(iter(difference)), teachers=teachers, start=started, kept=[*kept[:2], {**kept[2], **difference}])
+    assert started.rows == ["two/mfs-seed4"] * 3, "neither one that was cut off nor one that failed is taken"
+
+
+def test_results_on_other_teachers_are_refused_before_rows_are_run(done: Path, tmp_path: Path) -> None:
+    kept, started = [read_summary(done / run.path) for run in tiny().runs], Started()
+    kept[1]["bench"]["teachers"] = ["another"]
+    with pytest.raises(CheckpointError, match=r"row 'rdskd' in cell 'two', seed 4, is kept with a result on other teachers than those in .*two-seed4; name"):
+        run_bench(tiny(), tmp_path, teachers=done / "teachers", start=started, kept=kept)
+    assert started.rows == []
+
+
 def test_an_interrupted_bench_continues_within_the_row(done: Path, tmp_path: Path) -> None:
     bench, run_epoch = tiny("only=[rdskd]", "cells={one: {}}"), RDSKD.run_epoch
 
@@ -243,6 +266,27 @@ def test_the_command_runs_rows_in_processes_of_their_own(done: Path, tmp_path: P
     assert "is not empty; continue that run with --resume" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0
     assert "| two | mfs | 1 |" in capsys.readouterr().out
+
+
+def test_the_command_keeps_every_result_when_it_comes(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def start(run: BenchRun, home: Path, directory: Path) -> None:
+        if run.row == "mfs":
+            raise KeyboardInterrupt
+        in_this_process(run, home, directory)
+
+    write_json(tmp_path / "tiny.yaml", VALUES)
+    results = tmp_path / "results"
+    command = ["bench", str(tmp_path / "tiny.yaml"), "--teachers", str(done / "teachers"), "--keep", str(results)]
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "in_own_process", start)
+        assert cli.main([*command, "--out", str(tmp_path / "out")]) == cli.INTERRUPTED
+    assert sorted(path.parent.name for path in results.rglob("summary.json")) == ["rdskd-seed4", "rdskd-seed4"]
+    started = Started()
+    monkeypatch.setattr(running, "in_own_process", started)
+    assert cli.main([*command, "--out", str(tmp_path / "elsewhere")]) == 0
+    assert started.rows == ["two/mfs-seed4"], "another directory goes on from the results"
+    assert len(list(csv.DictReader((results / "tiny" / "table.csv").open(encoding="utf-8")))) == 3
+    assert "| two | rdskd | 1 |" in capsys.readouterr().out
 
 
 TWO_ROWS = {"two": VALUES["cells"]["two"]}
