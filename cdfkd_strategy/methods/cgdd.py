@@ -10,11 +10,13 @@ as input of G and as labels of S, the transfer of attention (v1; "feature maps" 
 formulas are this project's. With y uniform, f the teacher's features before its classifier, R_BN the distance from its
 BatchNorm statistics, pbar the batch mean of softmax(T(x)), and Q_l the channel mean of the squared maps of stage l:
 
-    L_G = a_0 CE(T(x), y) - a_1 mean|f(x)| + a_2 R_BN(T) + a_3 sum_c pbar_c ln pbar_c - a_4 KL(T(x) || S(x))      (Adam)
-    L_S = t^2 KL(T(x)/t || S(x)/t) + b_1 CE(S(x), y) [argmax T(x) = y] + b_2 sum_l mean( (Q_l^S/||Q_l^S|| - Q_l^T/||Q_l^T||)^2 )   (SGD)
+    L_G = a_0 CE(T(x), y) - a_1 mean|f(x)| + a_2 R_BN(T) + a_3 sum_c pbar_c ln pbar_c - a_4 D(T(x), S(x))      (Adam)
+    L_S = D(T(x), S(x)) + b_1 CE(S(x), y) [argmax T(x) = y] + b_2 sum_l mean( (Q_l^S/||Q_l^S|| - Q_l^T/||Q_l^T||)^2 )   (SGD)
 
 Five student steps on fresh batches, then one generator step; both rates along a cosine to 0. Choices, and what switches them:
 
+- D is mean|T(x) - S(x)| of the logits, as in CDFKD-MFS, which taught the student more in trials; ``discrepancy="kl"`` is
+  t^2 KL(T(x)/t || S(x)/t), in L_G with t = 1.
 - y enters as one more map beside those that z becomes (`models.conditional_generator`); every batch has all classes
   equally often, up to one image. ``preset_weight=0`` leaves y without meaning: an unconditional generator.
 - T does not always see y in the image, and CE to y then teaches what T does not say: the label counts where T agrees.
@@ -23,7 +25,9 @@ Five student steps on fresh batches, then one generator step; both rates along a
   ``attention_weight=0`` leaves it out, and any student will do.
 - ``adversarial_weight=0`` is a generator that ignores the student; ``activation_weight`` and ``bn_weight`` are DAFL's and
   DeepInversion's terms; ``balance_weight`` is 0, because preset labels are balanced already.
-- Weights and schedule are starting values: a_1 as in DAFL for CIFAR-100, a_2 as in CMI, the schedule CDFKD-MFS's with a cosine.
+- a_0 is small: with 1 the images are those that T is surest of, one kind per class, and S learns little from them
+  (`simulations/LOG.md`). The other weights and the schedule are starting values: a_1 as in DAFL for CIFAR-100, a_2 as in CMI,
+  the schedule CDFKD-MFS's with a cosine.
 
 The claim that images show their preset classes, and all classes equally, can be read from every epoch:
 ``images/label_agreement`` is the share of the student's images with argmax T(x) = y, ``images/class_balance`` the entropy of
@@ -41,6 +45,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +56,8 @@ from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.attention import attention_loss
 from cdfkd_strategy.losses.class_balance import negative_class_entropy
 from cdfkd_strategy.losses.dafl import activation_loss
-from cdfkd_strategy.losses.divergence import kl_divergence
-from cdfkd_strategy.losses.head_targets import head_targets
+from cdfkd_strategy.losses.divergence import kl_divergence, logit_l1
+from cdfkd_strategy.losses.head_targets import head_targets, mean_logits
 from cdfkd_strategy.losses.preset_labels import label_cross_entropy
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.conditional_generator import build_conditional_generator
@@ -82,7 +87,8 @@ class CGDDConfig:
         first_layer_weight: rho_1, the weight of the first BatchNorm layer.
         balance_weight: a_3.
         adversarial_weight: a_4.
-        temperature: t of the student's KL; that of the generator is at 1.
+        discrepancy: D, "l1" or "kl".
+        temperature: t of the student's KL; that of the generator is at 1. L1 has none.
         label_weight: b_1, of the student's cross entropy with the preset labels.
         mask_labels: count it only where the fused teachers see the preset label.
         attention_weight: b_2; 0 compares no maps, and any student will do.
@@ -98,12 +104,13 @@ class CGDDConfig:
     student_steps: int = 5
     generator_steps: int = 1
     batch_size: int = 256
-    preset_weight: float = 1.0
+    preset_weight: float = 0.1
     activation_weight: float = 0.1
     bn_weight: float = 1.0
     first_layer_weight: float = 1.0
     balance_weight: float = 0.0
     adversarial_weight: float = 1.0
+    discrepancy: Literal["l1", "kl"] = "l1"
     temperature: float = 1.0
     label_weight: float = 0.1
     mask_labels: bool = True
@@ -206,12 +213,19 @@ class CGDD(Distiller):
 
     # -- losses ------------------------------------------------------------------------------------------------
 
+    def discrepancy(self, student: Tensor, teachers: Tensor, temperature: float = 1.0) -> Tensor:
+        """D of logits ``[heads, B, C]`` and ``[K, B, C]``."""
+        weights = self.teachers.weights
+        if self.config.discrepancy == "l1":
+            return logit_l1(student, head_targets(teachers, weights, len(student), mean_logits))
+        return kl_divergence(student, head_targets(teachers, weights, len(student)), temperature)
+
     def generator_loss(self, student: Tensor, teachers: TeacherOutputs, labels: Tensor) -> LossTerms:
         """The weighted terms of L_G; student logits ``[heads, B, C]``, preset labels ``[B]``. Gradients pass through teachers and student."""
         config, weights = self.config, self.teachers.weights
         terms = {
             "generator/preset": config.preset_weight * label_cross_entropy(teachers.logits, labels, weights),
-            "generator/adversarial": -config.adversarial_weight * kl_divergence(student, head_targets(teachers.logits, weights, len(student))),
+            "generator/adversarial": -config.adversarial_weight * self.discrepancy(student, teachers.logits),
         }
         if config.activation_weight > 0 and any(features is not None for features in teachers.features):
             terms["generator/activation"] = config.activation_weight * activation_loss(teachers.features)
@@ -224,7 +238,7 @@ class CGDD(Distiller):
     def student_loss(self, student: Tensor, maps: tuple[Tensor, ...], teachers: TeacherOutputs, labels: Tensor, agree: Tensor) -> LossTerms:
         """The weighted terms of L_S; ``agree [B]`` is 1 where the fused teachers see the preset label, and 0 elsewhere."""
         config, weights = self.config, self.teachers.weights
-        terms = {"student/kl": kl_divergence(student, head_targets(teachers.logits, weights, len(student)), config.temperature)}
+        terms = {f"student/{config.discrepancy}": self.discrepancy(student, teachers.logits, config.temperature)}
         if config.label_weight > 0:
             fused = fuse(student, weights if len(student) == len(weights) else torch.ones_like(weights[:1]))
             nll = F.nll_loss(fused, labels, reduction="none")

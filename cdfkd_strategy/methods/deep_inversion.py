@@ -30,7 +30,9 @@ Deviations:
   k, and a student with one header imitates the fused ensemble; one teacher is the paper's case.
 - Labels are balanced over the whole pool, not only within a round.
 - The authors' code keeps the best images by reference, so that they go on changing; here they are copied.
-- The pool holds 8-bit pixels: values outside [0, 1] are clipped. Images keep their normalisation, so that the teachers'
+- The pool holds 8-bit pixels, and images are clipped to [0, 1] in every step, as the authors do for ImageNet; with ``clip=False``,
+  their way for CIFAR, only what is stored is clipped, and no longer has the statistics that it was optimised for (on MNIST,
+  where the background is black, far from them). Images keep their normalisation, so that the teachers'
   statistics hold in stage (b) too (a known re-implementation stretches every batch to the full range instead).
 - Stage (b) is that of CDFKD-MFS's baseline, with its crops and flips; ``augment="auto"`` mirrors colour images only.
 - JS is the Jensen-Shannon divergence of the paper, at the code's temperature 3, and the mean over headers (or between the
@@ -83,6 +85,7 @@ class DeepInversionConfig:
         l2_weight: a_l2.
         bn_weight: a_bn.
         first_layer_weight: rho_1, the weight of the first BatchNorm layer.
+        clip: bring the images back to pixels in [0, 1] at the start and after every step; False clips them once, when they are stored.
         jitter: pixels by which the batch is rolled at most, either way.
         adaptive_weight: a_c; 0 is DeepInversion. The authors' ImageNet setting is 0.2.
         adaptive_temperature: of both networks in JS.
@@ -108,6 +111,7 @@ class DeepInversionConfig:
     l2_weight: float = 0.0
     bn_weight: float = 10.0
     first_layer_weight: float = 1.0
+    clip: bool = True
     jitter: int = 2
     adaptive_weight: float = 0.0
     adaptive_temperature: float = 3.0
@@ -255,10 +259,15 @@ class DeepInversion(Distiller):
             student = self.student(images).logits
         return competition_loss(student, head_targets(teachers, self.teachers.weights, len(student)), self.config.adaptive_temperature)
 
+    def _clipped(self, images: Tensor) -> Tensor:
+        """The images, or with ``clip`` those nearest to them whose pixels are in [0, 1]."""
+        return self.image.normalise(self.image.to_pixels(images)) if self.config.clip else images
+
     def _invert(self, round_: int) -> Metrics:
         """Optimise one batch of images and add the best ones to the pool; the metrics are those of the best step."""
         labels = self.labels(round_)
-        images = self.runtime.images(self.runtime.normal(self.config.image_batch, *self.image.shape, rng=self.rng)).requires_grad_()
+        noise = self.runtime.normal(self.config.image_batch, *self.image.shape, rng=self.rng)
+        images = self.runtime.images(self._clipped(noise)).requires_grad_()
         optimizer = torch.optim.Adam([images], lr=self.config.resolved_image_lr)
         best = BestBatch()
         for _ in range(self.config.image_steps):
@@ -267,6 +276,8 @@ class DeepInversion(Distiller):
             best.offer(values.sum(), images, values)
             (images.grad,) = torch.autograd.grad(values.sum(), images)
             optimizer.step()
+            with torch.no_grad():
+                images.copy_(self._clipped(images))
         best_images, best_values = best.kept
         self.pool.unlabel()
         self.pool.add(best_images)

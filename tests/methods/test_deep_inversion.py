@@ -124,6 +124,16 @@ def test_jitter_moves_what_the_teachers_see_and_not_what_is_kept(monkeypatch: py
     assert len(set(places)) > 2
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_with_clipping_the_images_of_the_pool_are_those_that_were_optimised(clip: bool) -> None:
+    distiller = build(rounds=1, image_steps=30, image_batch=30, image_lr=0.2, pool_size=30, jitter=0, clip=clip)
+    told = distiller.run_epoch(0)
+    images = DIGITS.normalise(distiller.pool.pixels.float() / 255)
+    stored = {name: float(value) for name, value in distiller.image_loss(images, distiller.labels(0)).items()}
+    assert (stored["images/bn"] == pytest.approx(told["images/bn"], rel=0.02)) is clip
+    assert (sum(stored.values()) == pytest.approx(sum(told.values()), rel=0.02)) is clip
+
+
 # -- the schedule --------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +261,9 @@ def test_the_competition_term_equals_a_plain_reference(heads: int) -> None:
 def test_competition_finds_images_that_the_student_does_not_understand() -> None:
     found = {}
     for weight in (0.0, 20.0):
-        distiller = build(rounds=2, epochs=2, blocks=2, adaptive_weight=weight, image_steps=30, image_batch=40, pool_size=40, iterations=30, bn_weight=1.0)
+        distiller = build(
+            rounds=2, epochs=2, blocks=2, adaptive_weight=weight, image_steps=30, image_batch=40, pool_size=40, iterations=30, bn_weight=1.0, clip=False
+        )
         for epoch in range(3):
             distiller.run_epoch(epoch)
         images = distiller.pool.at(torch.arange(40))
