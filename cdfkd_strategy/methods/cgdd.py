@@ -15,8 +15,8 @@ BatchNorm statistics, pbar the batch mean of softmax(T(x)), and Q_l the channel 
 
 Five student steps on fresh batches, then one generator step; both rates along a cosine to 0. Choices, and what switches them:
 
-- D is mean|T(x) - S(x)| of the logits, as in CDFKD-MFS, which taught the student more in trials; ``discrepancy="kl"`` is
-  t^2 KL(T(x)/t || S(x)/t), in L_G with t = 1.
+- D is t^2 KL(T(x)/t || S(x)/t), in L_G with t = 1; ``discrepancy="l1"`` is mean|T(x) - S(x)| of the logits, as in CDFKD-MFS, which
+  in trials was better without attention and worse with it.
 - y enters as one more map beside those that z becomes (`models.conditional_generator`); every batch has all classes
   equally often, up to one image. ``preset_weight=0`` leaves y without meaning: an unconditional generator.
 - T does not always see y in the image, and CE to y then teaches what T does not say: the label counts where T agrees.
@@ -87,7 +87,7 @@ class CGDDConfig:
         first_layer_weight: rho_1, the weight of the first BatchNorm layer.
         balance_weight: a_3.
         adversarial_weight: a_4.
-        discrepancy: D, "l1" or "kl".
+        discrepancy: D, "kl" or "l1".
         temperature: t of the student's KL; that of the generator is at 1. L1 has none.
         label_weight: b_1, of the student's cross entropy with the preset labels.
         mask_labels: count it only where the fused teachers see the preset label.
@@ -110,7 +110,7 @@ class CGDDConfig:
     first_layer_weight: float = 1.0
     balance_weight: float = 0.0
     adversarial_weight: float = 1.0
-    discrepancy: Literal["l1", "kl"] = "l1"
+    discrepancy: Literal["kl", "l1"] = "kl"
     temperature: float = 1.0
     label_weight: float = 0.1
     mask_labels: bool = True
