@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.bench.config import BenchConfig, resolve_bench
+from cdfkd_strategy.bench.running import _check_teachers
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.engine import distill
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.run_config import bench_names
+from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.teacher_directory import load_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import Extras, ImageSpec
 from cdfkd_strategy.warm_start import chosen_student
@@ -23,6 +27,7 @@ from tests.test_paper_configs import shortened
 STUDIES = ("ablation", "cgdd_images", "cifar10_methods", "mnist_methods", "mnist_tuning", "rdskd_robustness")
 IMAGES = {"mnist": ImageSpec(1, 28, 28, 10), "fashion_mnist": ImageSpec(1, 28, 28, 10), "cifar10": ImageSpec(3, 32, 32, 10)}
 REFERENCES = ("kd", "noise")
+SIMULATIONS = Path(__file__).parents[2] / "simulations"
 
 
 def changed(bench: BenchConfig, row: str, cell: str) -> dict[str, object]:
@@ -63,6 +68,18 @@ def test_every_row_runs_on_the_networks_of_its_cell(name: str) -> None:
         engine = EngineConfig(device="cpu", threads=1, precision="float32", watch_images=0, progress=False)
         result = distill(teachers, student, method, config=shortened(settings, 4), image=image, engine=engine, extras=real)
         assert all(math.isfinite(value) for row in result.history for value in row.values()), run.path
+
+
+def test_committed_teachers_are_those_of_their_study_and_of_its_results() -> None:
+    homes = sorted(path.parent for path in (SIMULATIONS / "teachers").glob("*/*/teachers.json"))
+    assert homes
+    assert sum(path.stat().st_size for home in homes for path in home.iterdir()) < 8e6, "a repository is not for large files"
+    for home in homes:
+        run = next(run for run in resolve_bench(home.parent.name).runs if run.teachers == home.name)
+        _check_teachers(run, home)
+        hashes = [spec.sha256 for spec in load_teachers(home).specs]
+        for path in (SIMULATIONS / "results" / home.parent.name / run.cell).glob(f"*-seed{run.seed}"):
+            assert read_summary(path)["bench"]["teachers"] == hashes, path
 
 
 @pytest.mark.parametrize("name", ["cifar10_methods", "mnist_methods"])
