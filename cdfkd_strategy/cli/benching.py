@@ -30,7 +30,7 @@ def bench(args: argparse.Namespace) -> None:
     def on_done(summaries: list[dict[str, Any]]) -> None:
         write_tables(out, summaries, picture=False)
         if results is not None:
-            _keep(results, summaries)
+            write_tables(results / found.study, _keep(results, found.study, summaries), picture=False)
 
     teachers = Path(args.teachers).resolve() if args.teachers else None
     kept = find_results(results / found.study) if results is not None else []
@@ -38,13 +38,14 @@ def bench(args: argparse.Namespace) -> None:
     print(markdown_table(entries(summaries)))
     _write(out, summaries)
     if results is not None:
-        _keep(results, summaries)
-        _write(results / found.study, [item for item in find_results(results / found.study) if item["study"] == found.study])
+        _write(results / found.study, _keep(results, found.study, summaries))
 
 
-def _keep(results: Path, summaries: list[dict[str, Any]]) -> None:
+def _keep(results: Path, study: str, summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copy summaries to the results; gives all that the results have of the study."""
     for summary in summaries:
         put(summary, results)
+    return [item for item in find_results(results / study) if item["study"] == study]
 
 
 def _write(directory: Path, summaries: list[dict[str, Any]]) -> None:

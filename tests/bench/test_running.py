@@ -281,6 +281,7 @@ def test_the_command_keeps_every_result_when_it_comes(done: Path, tmp_path: Path
         patch.setattr(running, "in_own_process", start)
         assert cli.main([*command, "--out", str(tmp_path / "out")]) == cli.INTERRUPTED
     assert sorted(path.parent.name for path in results.rglob("summary.json")) == ["rdskd-seed4", "rdskd-seed4"]
+    assert len(list(csv.DictReader((results / "tiny" / "table.csv").open(encoding="utf-8")))) == 2
     started = Started()
     monkeypatch.setattr(running, "in_own_process", started)
     assert cli.main([*command, "--out", str(tmp_path / "elsewhere")]) == 0
