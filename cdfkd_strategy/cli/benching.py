@@ -24,7 +24,6 @@ def bench(args: argparse.Namespace) -> None:
     only = [f"only=[{args.only}]"] if args.only else []
     found = resolve_bench(args.config, [*args.overrides, *only])
     out = check_out(args.out, resume=args.resume)
-
     results = Path(args.keep) if args.keep else None
 
     def on_done(summaries: list[dict[str, Any]]) -> None:
@@ -34,6 +33,7 @@ def bench(args: argparse.Namespace) -> None:
 
     teachers = Path(args.teachers).resolve() if args.teachers else None
     kept = find_results(results / found.study) if results is not None else []
+    entries(kept)  # raises if one table cannot hold them: now, and not after the first row
     summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, kept=kept, on_done=on_done)
     print(markdown_table(entries(summaries)))
     _write(out, summaries)

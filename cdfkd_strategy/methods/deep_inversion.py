@@ -276,8 +276,9 @@ class DeepInversion(Distiller):
             best.offer(values.sum(), images, values)
             (images.grad,) = torch.autograd.grad(values.sum(), images)
             optimizer.step()
-            with torch.no_grad():
-                images.copy_(self._clipped(images))
+            if self.config.clip:
+                with torch.no_grad():
+                    images.copy_(self._clipped(images))
         best_images, best_values = best.kept
         self.pool.unlabel()
         self.pool.add(best_images)
