@@ -21,7 +21,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.flower import distillation, session
 from cdfkd_strategy.flower.apps import serve
@@ -191,7 +190,7 @@ def test_a_finished_run_is_read_back_and_can_be_prolonged(tmp_path: Path, moment
 
 
 def test_a_run_stopped_by_max_seconds_goes_on_with_its_last_round_when_that_is_raised(tmp_path: Path, moments: Moments) -> None:
-    short, long = (EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=limit) for limit in (0.0, 1000.0))
+    short, long = (tiny_config(engine={"max_seconds": limit}).engine for limit in (0.0, 1000.0))
     start(tmp_path / "whole", rounds=1)
     stopped, _, _ = start(tmp_path / "run", rounds=1, engine=short)
     assert stopped.rounds[0].stopped_by == "max_seconds"
@@ -209,7 +208,7 @@ def test_a_run_stopped_by_max_seconds_goes_on_with_its_last_round_when_that_is_r
 
 
 def test_an_earlier_round_stays_as_max_seconds_left_it(tmp_path: Path, moments: Moments) -> None:
-    short, long = (EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=limit) for limit in (0.0, None))
+    short, long = (tiny_config(engine={"max_seconds": limit}).engine for limit in (0.0, None))
     start(tmp_path, engine=short)
     moments.arm(3)  # dies in the epoch that it goes on with, after the state was saved
     with pytest.raises(Killed, match="before student_step"):
@@ -223,7 +222,7 @@ def test_an_earlier_round_stays_as_max_seconds_left_it(tmp_path: Path, moments: 
 
 
 def test_reading_a_stopped_run_back_distils_nothing(tmp_path: Path, moments: Moments) -> None:
-    engine = EngineConfig(device="cpu", threads=1, watch_images=0, progress=False, max_seconds=0.0)
+    engine = tiny_config(engine={"max_seconds": 0.0}).engine
     start(tmp_path, rounds=1, engine=engine)
     before = digest(tmp_path)
     rounds = json.loads((tmp_path / "state.json").read_text())["rounds"]
@@ -239,7 +238,7 @@ def test_reading_a_stopped_run_back_distils_nothing(tmp_path: Path, moments: Mom
 
 # -- the runtime of a run ------------------------------------------------------------------------------------------
 
-AUTO = EngineConfig(device="auto", threads=0, watch_images=0, progress=False)
+AUTO = tiny_config(engine={"device": "auto", "threads": 0}).engine
 
 
 @pytest.mark.parametrize("moment", ["after put", "after clear_distillation", "before student_step"])
