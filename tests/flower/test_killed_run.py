@@ -24,7 +24,7 @@ SETTINGS = [
     *("clients.count=2", "clients.architectures=[lenet_bn]", "clients.epochs=1", "server.fraction_evaluate=0", "student.backbone=lenet_bn"),
     *(f"method.epochs={EPOCHS}", "method.iterations=4", "method.student_steps=2", "method.batch_size=16"),
     *("method.generator.width=0.1", "method.generator.latent_dim=8"),
-    *("engine.device=cpu", "engine.threads=1", "engine.watch_images=0", "engine.evaluate_every=0"),
+    *("engine.device=cpu", "engine.threads=1", "engine.precision=float32", "engine.watch_images=0", "engine.evaluate_every=0"),
 ]
 
 
