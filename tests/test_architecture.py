@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "cdfkd_strategy"
 
 # A module may import modules of its own level and of lower ones. A package's level is that of all modules in it.
 LEVELS = {
-    "child_process": 0,
+    "child_process": 0, "directory_lock": 0,
     "types": 0, "errors": 0, "registry": 0, "config": 0, "seeding": 0, "precision": 0, "freed_memory": 0, "runtime": 0, "schedules": 0, "parallel": 0,
     "losses": 1, "models": 1, "data": 1, "checkpoint": 1, "history": 1, "term_means": 1, "progress": 1, "provenance": 1,
     "teachers": 2, "teacher_forms": 2, "teacher_shards": 2, "teacher_draw": 2, "synthetic_batches": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -19,9 +20,11 @@ from cdfkd_strategy.cli import running
 from cdfkd_strategy.cli.showing import status, students
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.datasets import DataConfig, load_data
+from cdfkd_strategy.directory_lock import held, hold
 from cdfkd_strategy.methods import METHODS
 from cdfkd_strategy.run_config import resolve
 from cdfkd_strategy.summary import read_summary, validate
+from tests.bench.tiny import VALUES
 from tests.methods.remembering import Remembering
 
 TINY_CLIENTS = [
@@ -176,6 +179,45 @@ def test_errors_are_one_clear_line_and_status_2(capsys: pytest.CaptureFixture[st
         assert outcome.err.count("\n") == 1, outcome.err
         assert not missing.exists(), f"{arguments} left something behind"
     assert [path.name for path in full.iterdir()] == ["precious.txt"]
+
+
+def test_a_directory_in_which_another_process_works_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, teachers: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(VALUES), encoding="utf-8")
+    bench = ["bench", tmp_path / "tiny.yaml", "--teachers", tmp_path / "homes"]
+    cases = [(["teachers", "digits"], "out"), (["distill", "--teachers", teachers], "out"), (bench, "out"), (bench, "homes/one-seed4")]
+    for arguments, name in cases:
+        taken = tmp_path / name
+        taken.mkdir(parents=True, exist_ok=True)
+        handle = os.open(taken, os.O_RDONLY)  # not through `hold`, which lets the same process in
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            outcome = cdfkd(*arguments, "--out", tmp_path / "out", capsys=capsys)
+        finally:
+            os.close(handle)
+        assert (outcome.status, list(taken.iterdir())) == (2, [])
+        assert f"another process works in the directory {taken}; wait until it is done" in outcome.err
+
+
+def test_a_directory_is_free_again_when_its_block_ends_and_stays_held_by_who_holds_it_for_good(tmp_path: Path) -> None:
+    def free() -> bool:
+        handle = os.open(tmp_path / "out", os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+    with held(tmp_path / "out"):
+        with held(tmp_path / "out"):
+            pass
+        assert not free()
+    assert free()
+    hold(tmp_path / "out")
+    with held(tmp_path / "out"):
+        pass
+    assert not free()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cdfkd_strategy.bench.config import BenchConfig, BenchRun
 from cdfkd_strategy.bench.record import BenchRecord, is_whole, measure, read_done, record_of, store
 from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.directory_lock import held
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.offline import FIXED, distill_directory, plan_for, write_teachers
 from cdfkd_strategy.run_config import RunConfig, from_values
@@ -109,7 +110,9 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int], jobs: int, 
 
 def _train_teachers(config: RunConfig, home: Path) -> None:
     """Make a directory of teachers, if it is not there; one without an index was not finished, and is written anew."""
-    if not (home / INDEX).exists():
+    if (home / INDEX).exists():
+        return
+    with held(home):
         logger.info("training the teachers %s", home.name)
         write_teachers(config, home)
 

@@ -11,6 +11,7 @@ from cdfkd_strategy.bench.config import resolve_bench
 from cdfkd_strategy.bench.running import run_bench
 from cdfkd_strategy.bench.table import entries, markdown_table, write_tables
 from cdfkd_strategy.cli.running import check_out
+from cdfkd_strategy.directory_lock import held
 from cdfkd_strategy.errors import MissingExtraError
 from cdfkd_strategy.parallel import check_alone
 from cdfkd_strategy.report import find_results, put
@@ -34,7 +35,8 @@ def bench(args: argparse.Namespace) -> None:
     teachers = Path(args.teachers).resolve() if args.teachers else None
     kept = find_results(results / found.study) if results is not None else []
     entries(kept)  # raises if one table cannot hold them: now, and not after the first row
-    summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, kept=kept, on_done=on_done)
+    with held(out):
+        summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, kept=kept, on_done=on_done)
     print(markdown_table(entries(summaries)))
     _write(out, summaries)
     if results is not None:

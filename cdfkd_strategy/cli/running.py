@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from cdfkd_strategy.cli.showing import show_labels, show_run
+from cdfkd_strategy.directory_lock import held
 from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.parallel import check_alone, is_first, joined
 from cdfkd_strategy.run_config import RunConfig, resolve
@@ -37,7 +39,9 @@ def teachers(args: argparse.Namespace) -> None:
     check_alone("cdfkd teachers")
     config = resolve(args.config, args.overrides)
     out = check_out(args.out, resume=False)
-    show_labels(config, write_teachers(config, out))
+    with held(out):
+        data = write_teachers(config, out)
+    show_labels(config, data)
     print(f"teachers: {out}")
 
 
@@ -62,8 +66,9 @@ def _distill(args: argparse.Namespace) -> Path:
     overrides += [f"server.transfer_set={json.dumps(str(Path(args.transfer_set).resolve()))}"] if args.transfer_set else []
     work = plan(Path(args.teachers), overrides)
     out = check_out(args.out, resume=args.resume)
-    if not is_finished(out, work.config):
-        distill_directory(work, out, resume=args.resume)
+    with held(out) if is_first() else nullcontext():
+        if not is_finished(out, work.config):
+            distill_directory(work, out, resume=args.resume)
     return out
 
 

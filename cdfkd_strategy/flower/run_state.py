@@ -9,9 +9,7 @@ engine keeps its own checkpoint) -> ``distilled`` (student written) -> ``evaluat
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, Literal
 
 from cdfkd_strategy.checkpoint import drop_state, write_json
 from cdfkd_strategy.config import to_dict
+from cdfkd_strategy.directory_lock import hold
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.summary import finite
@@ -116,7 +115,7 @@ class RunDirectory:
         if path.exists() and not resume and any(not _unfinished(file) for file in path.iterdir()):
             raise CheckpointError(f"the run directory {path} is not empty; continue it with resume=True (--resume), or choose another one")
         path.mkdir(parents=True, exist_ok=True)
-        _hold(path)
+        hold(path)
         for leftover in path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
 
@@ -158,26 +157,6 @@ class RunDirectory:
         if server_round > 1 and (self.path / "losses.csv").exists():
             (self.path / "losses.csv").replace(self.path / f"losses-round{server_round - 1}.csv")
         drop_state(self.path / "checkpoint")
-
-
-_HELD: dict[Path, int] = {}
-"""Run directories that this process works in, and the open handles whose locks end with it."""
-
-
-def _hold(path: Path) -> None:
-    """Lock a run directory for this process: two servers would delete each other's files."""
-    if path.resolve() in _HELD:
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise CheckpointError(f"another process works in the run directory {path}; wait until it is done, stop it, or choose another directory") from error
-    except OSError:  # a file system that knows no locks
-        os.close(handle)
-        return
-    _HELD[path.resolve()] = handle
 
 
 def _unfinished(file: Path) -> bool:

@@ -362,7 +362,7 @@ def test_a_run_directory_belongs_to_one_process(repository: Path, tmp_path: Path
         "try:\n    RunDirectory(Path(sys.argv[1]), resume=True)\nexcept CheckpointError as error:\n    print(error)\n"
     )
     other = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], cwd=repository, capture_output=True, text=True, check=True)
-    assert "another process works in the run directory" in other.stdout
+    assert "another process works in the directory" in other.stdout
     assert (tmp_path / "run" / ".state.json.tmp").exists(), "it has deleted a file of the process that works there"
 
 
