@@ -199,7 +199,7 @@ def in_own_process(run: BenchRun, home: Path, directory: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_child, args=what, daemon=True)
     process.start()
     process.join()
-    if process.exitcode != 0:
+    if process.exitcode != 0 and read_done(directory, run) is None:  # it may die after its last file
         why = "it was stopped" if process.exitcode in (-signal.SIGINT, -signal.SIGTERM) else "memory may have run out"
         words = f"its process died with exit code {process.exitcode}; {why}"
         logger.warning("%s in %s, seed %d: %s", run.row, run.cell, run.seed, words)

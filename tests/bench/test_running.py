@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,6 +245,17 @@ def test_a_process_that_dies_is_a_result_and_is_tried_again(done: Path, tmp_path
     assert started.rows == ["one/rdskd-seed4"]
     assert summary["finished"]
     assert summary["bench"]["error"] is None
+
+
+def test_a_process_that_dies_after_its_result_leaves_it(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tiny("only=[rdskd]", "cells={one: {}}")
+    (run,) = bench.runs
+    work = partial(in_this_process, run, done / "teachers" / run.teachers, tmp_path / run.path)
+    process = SimpleNamespace(start=work, join=lambda: None, is_alive=lambda: False, exitcode=-15)
+    monkeypatch.setattr(running.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=lambda **how: process))
+    (summary,) = run_bench(bench, tmp_path, teachers=done / "teachers", start=in_own_process)
+    assert (summary["bench"]["error"], summary["bench"]["died"]) == (None, False)
+    assert summary["bench"]["student_steps"] > 0
 
 
 def test_the_command_runs_rows_in_processes_of_their_own(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
