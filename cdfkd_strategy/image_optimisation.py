@@ -20,7 +20,7 @@ def optimise_pixels(
         image_loss: pixels to named terms.
         steps: of Adam, default betas; at least 1.
         lr: its rate.
-        bounded: brings pixels back to [0, 1], after every step: `clipped` or `stretched`.
+        bounded: brings pixels back to [0, 1], after every step: `clipped` or `stretched`; or leaves them: `free`.
 
     Returns:
         The pixels after the last step, and the terms before it.
@@ -35,6 +35,11 @@ def optimise_pixels(
         with torch.no_grad():
             pixels.copy_(bounded(pixels))
     return pixels.detach(), {name: value.detach() for name, value in terms.items()}
+
+
+def free(pixels: Tensor) -> Tensor:
+    """The pixels themselves."""
+    return pixels
 
 
 def clipped(pixels: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class PoolDistillation:
         rng: a CPU generator; draws the batches.
         runtime: device, layout and precision.
         views: gives other views of the images in every step, of which the teachers are asked anew; None (or "none") shows the images as they are.
+        least_area: below 1, a view shows a part of its image of at least this share of the area, enlarged.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class PoolDistillation:
         rng: torch.Generator,
         runtime: Runtime,
         views: RandomViews | None = None,
+        least_area: float = 1.0,
     ) -> None:
         self.pool, self.teachers, self.student, self.optimizer = pool, teachers, student, optimizer
         self.batch_size, self.temperature, self.rng, self.runtime = batch_size, temperature, rng, runtime
         self.views = None if views is None or views.augment == "none" else views
+        self.least_area = least_area
 
     def ask_teachers(self) -> None:
         """Ask the teachers once for every image of the pool; in every step, where views are seen or the answers take too much memory."""
@@ -74,11 +77,15 @@ class PoolDistillation:
         """What the student's headers should say of images ``[B, channels, H, W]``: ``[heads, B, C]``."""
         return head_targets(self.teachers(self.runtime.images(images)), self.teachers.weights, heads)
 
+    def _seen(self, views: RandomViews, images: Tensor) -> Tensor:
+        moved = views.crop(images)
+        return views.zoom(moved, self.least_area) if self.least_area < 1 else moved
+
     def _step(self) -> Tensor:
         positions = self.pool.choose(self.batch_size, self.rng)
         images = self.runtime.images(self.pool.at(positions))
         if self.views is not None:
-            images = self.runtime.images(self.views.crop(images))
+            images = self.runtime.images(self._seen(self.views, images))
         with self.runtime.autocast():
             student = self.student(images).logits
         known = self.pool.logits if self.views is None else None

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cdfkd_strategy import parallel
 from cdfkd_strategy.errors import ArchitectureError
-from cdfkd_strategy.losses.statistics import ShiftDistance, batch_norm_shift, shift_distance
+from cdfkd_strategy.losses.statistics import BatchNorm, ShiftDistance, batch_norm_shift, shift_distance
 from cdfkd_strategy.models.classifiers import final_linear
 from cdfkd_strategy.models.head_fusion import class_weights, fuse, weighted
 from cdfkd_strategy.precision import full
@@ -92,8 +92,8 @@ class TeacherEnsemble(nn.Module):
 
     @property
     def has_batch_norm(self) -> tuple[bool, ...]:
-        """Per teacher: does it have a BatchNorm2d layer with running statistics?"""
-        return tuple(any(isinstance(part, nn.BatchNorm2d) and part.track_running_stats for part in net.modules()) for net in self.nets)
+        """Per teacher: does it have a BatchNorm layer with running statistics?"""
+        return tuple(any(isinstance(part, BatchNorm) and part.track_running_stats for part in net.modules()) for net in self.nets)
 
     @property
     def has_features(self) -> tuple[bool, ...]:
@@ -188,7 +188,7 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             images: normalised, ``[B, channels, H, W]``.
-            bn: compute the distances: the batch statistics of every BatchNorm2d input, in float32. Without them it
+            bn: compute the distances: the batch statistics of every BatchNorm input (1d and 2d), in float32. Without them it
                 costs what `forward` costs, and ``bn`` is None for every teacher.
             maps: give the last map of every resolution (`models.stages`), at most four per teacher, as it was computed: gradients of logits reach it.
             distance: of a BatchNorm layer's batch statistics from its running ones; `losses.statistics` has several.
@@ -218,8 +218,8 @@ class TeacherEnsemble(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Logits ``[B, C]``, features ``[B, D_k]``, distances ``[L_k]``, stage maps, and shifts of the BatchNorm layers of one teacher."""
         (net, linear), staged = self._forms.staged(original, observed=bn) if maps else (self._forms.get(original, observed=bn), None)
-        norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats] if bn else []
-        layers: list[tuple[nn.BatchNorm2d, Tensor]] = []
+        norms = [part for part in net.modules() if isinstance(part, BatchNorm) and part.track_running_stats] if bn else []
+        layers: list[tuple[BatchNorm, Tensor]] = []
         seen: list[Tensor] = []
         hooks = [norm.register_forward_pre_hook(lambda module, inputs: layers.append((module, batch_norm_shift(module, inputs[0])))) for norm in norms]
         if linear is not None:

@@ -94,7 +94,7 @@ class TeacherOutputs(NamedTuple):
 
     ``logits [K, B, C]``; ``features``: K tensors ``[B, D_k]`` (input of the last linear layer) or None where a teacher
     has none; ``bn``: K tensors ``[L_k]``, the distance of every BatchNorm layer's batch statistics from its running
-    ones, or None for a teacher without BatchNorm2d; ``maps``: per teacher the maps ``[B, channels_s, H_s, W_s]`` of its
+    ones, or None for a teacher without BatchNorm; ``maps``: per teacher the maps ``[B, channels_s, H_s, W_s]`` of its
     stages, finest first, or none if nobody asked for them or its stages cannot be found; ``shifts``: per teacher and BatchNorm
     layer ``[2, channels]``, what ``bn`` is the length of (`batch_norm_shift`).
     """

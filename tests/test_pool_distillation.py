@@ -63,6 +63,28 @@ def test_student_and_teachers_see_the_same_views(name: str, augment: str, monkey
         assert not all(same_images(steps[0], known))
 
 
+@pytest.mark.parametrize("name", ["zskd", "soft_targets"])
+def test_views_show_parts_of_the_images_where_that_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = get_method(name)
+    areas: list[float] = []
+    zoom = RandomViews.zoom
+    monkeypatch.setattr(RandomViews, "zoom", lambda self, images, area: (areas.append(area), zoom(self, images, area))[1])
+    config = dataclasses.replace(method.Config.toy(), least_area=0.4)
+    student = Watched(tiny_student(1))
+    distiller = method(trained_ensemble(1), student, config, image=DIGITS, rng=seeding.generator(1), runtime=Runtime(threads=1))
+    for epoch in range(distiller.num_epochs):
+        distiller.run_epoch(epoch)
+    assert areas == [0.4] * (config.epochs * config.iterations)
+    pool = distiller.distillation.pool  # type: ignore[attr-defined]
+    moved = [RandomViews(DIGITS, "crop", None, seeding.generator(seed)).crop(pool.at(torch.arange(len(pool)))) for seed in range(40)]
+    assert not any(same_images(student.seen[-1], torch.cat(moved))), "no image is only shifted"
+    areas.clear()
+    still = method(trained_ensemble(1), tiny_student(1), dataclasses.replace(config, augment="none"), image=DIGITS, rng=seeding.generator(1), runtime=Runtime())
+    for epoch in range(still.num_epochs):
+        still.run_epoch(epoch)
+    assert areas == []
+
+
 def test_a_view_is_shifted_by_an_eighth_of_the_side_at_most() -> None:
     for side, most in ((8, 1), (28, 3), (32, 4), (224, 28)):
         assert RandomViews(dataclasses.replace(DIGITS, height=side, width=side + 5), "crop", None, torch.Generator()).padding == most

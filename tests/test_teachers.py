@@ -21,7 +21,7 @@ def ensemble(*names: str, weights: torch.Tensor | None = None) -> TeacherEnsembl
         models = [build_classifier(name, IMAGE) for name in names]
         for model in models:
             for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                     module.running_mean.normal_()  # type: ignore[union-attr]
                     module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
     return TeacherEnsemble(models, weights, image=IMAGE)
@@ -78,10 +78,12 @@ def test_teachers_stay_frozen(images: torch.Tensor) -> None:
     assert [state_hash(net.state_dict()) for net in teachers.nets] == before
 
 
-def test_observe_equals_a_layer_by_layer_computation(images: torch.Tensor) -> None:
-    teachers = ensemble("small_cnn")
+@pytest.mark.parametrize(("name", "layers"), [("small_cnn", 3), ("lenet_bn", 4)])
+def test_observe_equals_a_layer_by_layer_computation(name: str, layers: int, images: torch.Tensor) -> None:
+    teachers = ensemble(name)
     net = teachers.nets[0]
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert len(norms) == layers
     inputs: dict[int, torch.Tensor] = {}
     handles = [norm.register_forward_hook(lambda module, args, output, at=at: inputs.__setitem__(at, args[0])) for at, norm in enumerate(norms)]
     logits = net(images)
@@ -89,7 +91,7 @@ def test_observe_equals_a_layer_by_layer_computation(images: torch.Tensor) -> No
         handle.remove()
     expected = []
     for at, norm in enumerate(norms):
-        columns = inputs[at].permute(1, 0, 2, 3).flatten(1)
+        columns = inputs[at].transpose(0, 1).flatten(1)  # of a hidden layer of lenet_bn, one value per image
         mean, variance = columns.mean(1), ((columns - columns.mean(1, keepdim=True)) ** 2).mean(1)
         expected.append((mean - norm.running_mean).norm() + (variance - norm.running_var).norm())  # type: ignore[operator]
     outputs = teachers.observe(images)

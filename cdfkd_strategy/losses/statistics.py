@@ -11,29 +11,32 @@ from cdfkd_strategy import parallel
 from cdfkd_strategy.errors import NeedsError
 from cdfkd_strategy.precision import full, in_full
 
-ShiftDistance = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+"""The layers whose statistics are compared. Authors look at BatchNorm2d alone, and have networks with no other; LeNet-5 has both."""
+
+ShiftDistance = Callable[[BatchNorm, Tensor], Tensor]
 """``(layer, what a batch's statistics have more [2, channels]) -> scalar``: `shift_distance` or `shift_kl`."""
 
 
-def batch_norm_distance(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+def batch_norm_distance(norm: BatchNorm, inputs: Tensor) -> Tensor:
     """``||mean_batch - running_mean||_2 + ||var_batch - running_var||_2`` of one layer, a scalar; half precision is raised to float32.
 
     Plain L2 norms over channels (neither squared nor divided by their number), biased variance, as in the published
     code of every generator method here (and in the paper's eq. 4).
 
     Args:
-        norm: a BatchNorm2d with running statistics.
-        inputs: its input ``[B, channels, H, W]``.
+        norm: with running statistics.
+        inputs: its input ``[B, channels, H, W]`` or ``[B, channels]``.
     """
     return shift_distance(norm, batch_norm_shift(norm, inputs))
 
 
-def batch_norm_shift(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+def batch_norm_shift(norm: BatchNorm, inputs: Tensor) -> Tensor:
     """What a batch has more than one layer's training data ``[2, channels]``: of the mean, and of the biased variance.
 
     Args:
-        norm: a BatchNorm2d with running statistics.
-        inputs: its input ``[B, channels, H, W]``; half precision is raised to float32.
+        norm: with running statistics.
+        inputs: its input ``[B, channels, H, W]`` or ``[B, channels]``; half precision is raised to float32.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -42,13 +45,13 @@ def batch_norm_shift(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
         return torch.stack([shift, variance - norm.running_var])
 
 
-def shift_distance(_: nn.BatchNorm2d | None, shift: Tensor) -> Tensor:
+def shift_distance(_: BatchNorm | None, shift: Tensor) -> Tensor:
     """``||shift of the mean||_2 + ||shift of the variance||_2``, see `batch_norm_distance`; unlike other distances it needs no layer."""
     norms: Tensor = torch.linalg.vector_norm(shift, dim=1)
     return norms.sum()
 
 
-def shift_kl(norm: nn.BatchNorm2d, shift: Tensor) -> Tensor:
+def shift_kl(norm: BatchNorm, shift: Tensor) -> Tensor:
     """``sum_c KL( N(mean_batch, var_batch) || N(running_mean, running_var) )`` of one layer, in nats.
 
     DFQ (arXiv:2005.04136): ``((m - mu)^2 + v) / (2 sigma^2) - ln(v / sigma^2) / 2 - 1/2`` for each channel. Both variances get the

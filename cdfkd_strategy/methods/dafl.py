@@ -45,7 +45,7 @@ from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.schedules import multistep, set_rate
+from cdfkd_strategy.schedules import ScheduleName, factor, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
@@ -72,6 +72,7 @@ class DAFLConfig:
         student_lr: of the student. MNIST: 2e-3.
         momentum: of SGD.
         weight_decay: of SGD.
+        student_schedule: "multistep" (x0.1 at ``student_milestones``), "cosine" (to 0, per iteration) or "constant". The authors have the first.
         student_milestones: epochs at which the student's rate is divided by 10. MNIST: none.
         generator: latent width (MNIST: 100) and size of G.
     """
@@ -88,6 +89,7 @@ class DAFLConfig:
     student_lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    student_schedule: ScheduleName = "multistep"
     student_milestones: tuple[int, ...] = (800, 1600)
     generator: GeneratorConfig = field(default_factory=_cifar_generator)
 
@@ -158,11 +160,13 @@ class DAFL(Distiller):
 
     def run_epoch(self, epoch: int) -> Metrics:
         """``iterations`` steps of generator and student."""
-        set_rate(self.student_optimizer, self.config.student_lr * multistep(epoch, self.config.student_milestones))
         self.generator.train()
         self.student.train()
         means = TermMeans()
-        for _ in range(self.config.iterations):
+        config = self.config
+        for iteration in range(config.iterations):
+            scale = factor(config.student_schedule, epoch, iteration, epochs=config.epochs, iterations=config.iterations, milestones=config.student_milestones)
+            set_rate(self.student_optimizer, config.student_lr * scale)
             means.add(self.step())
         return means.means()  # the epoch's only host sync
 

@@ -35,6 +35,7 @@ A client must disclose its weights; BatchNorm statistics are not used as such.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.models.generators import GeneratorConfig, build_generator
 from cdfkd_strategy.precision import full
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.schedules import multistep, set_rate
+from cdfkd_strategy.schedules import factor, multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.term_means import TermMeans
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
@@ -74,6 +75,8 @@ class RDSKDConfig:
         student_batch_size: images per step of stage (b); None is ``batch_size``, as in the authors' code. Where steps and not images are what a
             short budget lacks, many small steps teach the student more.
         generator_lr: Adam, default betas.
+        generator_schedule: of that rate over stage (a), "constant", as the authors have it, or "cosine" (to 0): a high rate for few steps leaves running
+            BatchNorm statistics behind the weights, and stage (b) draws its images from them.
         student_lr: Adam, default betas.
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10; none for MNIST and SVHN.
         temperature: T of stage (b).
@@ -89,6 +92,7 @@ class RDSKDConfig:
     batch_size: int = 512
     student_batch_size: int | None = None
     generator_lr: float = 1e-3
+    generator_schedule: Literal["constant", "cosine"] = "constant"
     student_lr: float = 2e-3
     student_milestones: tuple[int, ...] = (800,)
     temperature: float = 10.0
@@ -168,14 +172,13 @@ class RDSKD(Distiller):
         self.frozen = epoch >= self.config.generator_epochs
         means = TermMeans()
         if self.frozen:
-            factor = multistep(epoch - self.config.generator_epochs, self.config.student_milestones)
-            set_rate(self.student_optimizer, self.config.student_lr * factor)
+            set_rate(self.student_optimizer, self.config.student_lr * multistep(epoch - self.config.generator_epochs, self.config.student_milestones))
             self.generator.eval()
             self.student.train()
         else:
             self.generator.train()
         for iteration in range(self.config.iterations):
-            means.add(self._student_step() if self.frozen else self._generator_step(refresh=iteration == REFRESH_AT))
+            means.add(self._student_step() if self.frozen else self._generator_step(epoch, iteration))
         return means.means()  # the epoch's only host sync
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor | None:
@@ -190,20 +193,23 @@ class RDSKD(Distiller):
         z = self.runtime.normal(count, self.config.generator.latent_dim, rng=rng)
         return self.runtime.images(self.generator(z))
 
-    def _generator_step(self, *, refresh: bool) -> LossTerms:
+    def _generator_step(self, epoch: int, iteration: int) -> LossTerms:
+        config = self.config
+        scale = factor(config.generator_schedule, epoch, iteration, epochs=config.generator_epochs, iterations=config.iterations, milestones=())
+        set_rate(self.generator_optimizer, config.generator_lr * scale)
         with self.runtime.autocast():
-            images = self._draw(self.config.batch_size, self.rng)
+            images = self._draw(config.batch_size, self.rng)
             logits = self.teachers(images)
         one_hot, entropy = one_hot_cross_entropy(logits), negative_class_entropy(logits)
         terms = {
-            "generator/one_hot": self.config.one_hot_factor * (one_hot - self.reference_one_hot).exp(),
-            "generator/entropy": self.config.entropy_factor * (entropy - self.reference_entropy).exp(),
-            "generator/diversity": self.config.diversity_factor * diversity_loss(images, F.softmax(full(logits), dim=-1)),
+            "generator/one_hot": config.one_hot_factor * (one_hot - self.reference_one_hot).exp(),
+            "generator/entropy": config.entropy_factor * (entropy - self.reference_entropy).exp(),
+            "generator/diversity": config.diversity_factor * diversity_loss(images, F.softmax(full(logits), dim=-1)),
         }
         self.generator_optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.generator_optimizer.step()
-        if refresh:
+        if iteration == REFRESH_AT:
             self.reference_one_hot.copy_(one_hot.detach())
             self.reference_entropy.copy_(entropy.detach())
         return terms

@@ -58,6 +58,7 @@ from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.models.feature_layer import LayerName, feature_layer, replay
 from cdfkd_strategy.pool_distillation import PoolDistillation
 from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
@@ -89,7 +90,9 @@ class SoftTargetsConfig:
         iterations: student steps per epoch; 625 of 64 images are one pass over 40,000.
         batch_size: images per student step.
         student_lr: Adam, default betas.
-        augment: how images of the pool are moved in every step of the student, see `RandomViews`.
+        student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10.
+        augment: how images of the pool are moved in every step of the student, see `RandomViews`; "none" does not zoom either.
+        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1 shows all of it.
     """
 
     layer: LayerName = "fc2"
@@ -111,7 +114,9 @@ class SoftTargetsConfig:
     iterations: int = 625
     batch_size: int = 64
     student_lr: float = 1e-3
+    student_milestones: tuple[int, ...] = ()
     augment: AugmentName = "auto"
+    least_area: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("candidates", "rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
@@ -119,6 +124,8 @@ class SoftTargetsConfig:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
         if self.batch_size < 2:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
+        if not 0 < self.least_area <= 1:
+            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, up to 1")
         for name in ("sigma", "target_temperature", "image_temperature", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
@@ -173,6 +180,7 @@ class SoftTargets(Distiller):
             rng=rng,
             runtime=runtime,
             views=RandomViews(image, config.augment, None, rng),
+            least_area=config.least_area,
         )
 
     @property
@@ -186,6 +194,7 @@ class SoftTargets(Distiller):
             return self._synthesise(self.targets(epoch))
         if epoch == self.config.rounds:
             self.distillation.ask_teachers()
+        set_rate(self.student_optimizer, self.config.student_lr * multistep(epoch - self.config.rounds, self.config.student_milestones))
         return {"student/kl": self.distillation.epoch(self.config.iterations)}
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor | None:

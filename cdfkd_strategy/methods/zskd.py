@@ -10,7 +10,9 @@ W [C, D] are the rows of the teacher's classifier, w_c the row of class c, T(x) 
         y ~ Dirichlet( beta C_k + 1e-4 )
         min_x  CE( y, softmax(T(x) / tau) ),  tau = 20                                    (Adam, from x ~ U(0, 1))
 
-    After every step the whole batch is stretched to [0, 1].
+    After every step the whole batch is stretched to [0, 1] (``pixels="stretched"``, the default, as in the authors' code, which is for CIFAR).
+    ``pixels="free"``: x ~ N(0, 1), the term ``d/2 sum x^2`` per image is added, and only the last x is clipped to [0, 1]. That is how a public
+    reproduction has MNIST (a *reconstruction*: the paper's own code for it is not public). Stretched images of digits are grey without black.
 (b) Distillation over all impressions: L_S = tau^2 KL( softmax(T(x) / tau) || softmax(S(x) / tau) )  (Adam).
 
 A small beta gives targets that are nearly one-hot, beta = 1 softer ones. The metrics have the share of targets whose largest
@@ -49,10 +51,11 @@ from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
-from cdfkd_strategy.image_optimisation import optimise_pixels, stretched
+from cdfkd_strategy.image_optimisation import clipped, free, optimise_pixels, stretched
 from cdfkd_strategy.models.feature_layer import feature_layer
 from cdfkd_strategy.pool_distillation import PoolDistillation
 from cdfkd_strategy.runtime import Runtime
+from cdfkd_strategy.schedules import multistep, set_rate
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec, LossTerms, Metrics, Needs
 
@@ -71,13 +74,17 @@ class ZSKDConfig:
         rounds: batches of impressions, one epoch each.
         image_steps: optimisation steps per round.
         image_batch: images per round.
-        image_lr: Adam on pixels in [0, 1].
+        image_lr: Adam on pixels in [0, 1]; 3.0 is what the reproduction has for free ones.
+        pixels: "stretched" or "free", see above.
+        pixel_decay: d, of free pixels.
         pool_size: impressions that are kept; beyond, the oldest go.
         epochs: epochs of stage (b).
         iterations: student steps per epoch; 625 of 64 images are one pass over 40,000.
         batch_size: images per student step.
         student_lr: Adam, default betas.
-        augment: how images of the pool are moved in every step of the student, see `RandomViews`.
+        student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10.
+        augment: how images of the pool are moved in every step of the student, see `RandomViews`; "none" does not zoom either.
+        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1 shows all of it.
     """
 
     mode: Literal["paper", "code"] = "paper"
@@ -87,12 +94,16 @@ class ZSKDConfig:
     image_steps: int = 1500
     image_batch: int = 100
     image_lr: float = 1e-3
+    pixels: Literal["stretched", "free"] = "stretched"
+    pixel_decay: float = 1e-3
     pool_size: int = 40_000
     epochs: int = 500
     iterations: int = 625
     batch_size: int = 64
     student_lr: float = 1e-3
+    student_milestones: tuple[int, ...] = ()
     augment: AugmentName = "auto"
+    least_area: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
@@ -100,10 +111,14 @@ class ZSKDConfig:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
         if self.batch_size < 2:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
+        if not 0 < self.least_area <= 1:
+            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, up to 1")
         if not self.betas or min(self.betas) <= 0:
             raise ConfigError(f"method.betas is {list(self.betas)}; accepted: one or more positive numbers")
         if self.temperature <= 0:
             raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        if self.pixel_decay < 0:
+            raise ConfigError(f"method.pixel_decay is {self.pixel_decay}; accepted: 0 or more")
 
     @classmethod
     def toy(cls) -> ZSKDConfig:
@@ -155,6 +170,7 @@ class ZSKD(Distiller):
             rng=rng,
             runtime=runtime,
             views=RandomViews(image, config.augment, None, rng),
+            least_area=config.least_area,
         )
 
     @property
@@ -168,6 +184,7 @@ class ZSKD(Distiller):
             return self._impress(self.targets(epoch))
         if epoch == self.config.rounds:
             self.distillation.ask_teachers()
+        set_rate(self.student_optimizer, self.config.student_lr * multistep(epoch - self.config.rounds, self.config.student_milestones))
         return {"student/kl": self.distillation.epoch(self.config.iterations)}
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor | None:
@@ -200,19 +217,23 @@ class ZSKD(Distiller):
         return Targets(y.float().to(self.runtime.device), labels.to(self.runtime.device))
 
     def image_loss(self, pixels: Tensor, targets: Targets) -> LossTerms:
-        """The cross entropy of stage (a) for ``pixels [B, channels, H, W]`` in [0, 1]."""
+        """The terms of stage (a) for ``pixels [B, channels, H, W]``: the cross entropy, and the decay of free pixels."""
         logits = self.teachers(self.image.normalise(pixels))
         entropies = -(targets.probabilities * F.log_softmax(logits.float() / self.config.temperature, dim=-1)).sum(-1)
-        return {"images/cross_entropy": (self.teachers.weights[:, targets.labels] * entropies).sum(0).mean()}
+        terms = {"images/cross_entropy": (self.teachers.weights[:, targets.labels] * entropies).sum(0).mean()}
+        if self.config.pixels == "free":
+            terms["images/decay"] = 0.5 * self.config.pixel_decay * pixels.square().sum((1, 2, 3)).mean()
+        return terms
 
     def _impress(self, targets: Targets) -> Metrics:
         """Optimise one batch of impressions and add it to the pool; the metrics are those of the last step, and how the classes came out."""
         config = self.config
-        noise = torch.rand(config.image_batch, *self.image.shape, generator=self.rng)
+        draw, bounded = (torch.randn, free) if config.pixels == "free" else (torch.rand, stretched)
+        noise = draw(config.image_batch, *self.image.shape, generator=self.rng)
         pixels, terms = optimise_pixels(
-            self.runtime.images(noise), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=stretched
+            self.runtime.images(noise), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=bounded
         )
-        images = self.image.normalise(pixels)
+        images = self.image.normalise(clipped(pixels))
         self.pool.add(images)
         wanted = targets.probabilities.argmax(-1)
         with torch.no_grad():

@@ -138,6 +138,14 @@ def test_milestones_are_epochs_and_not_iterations(optimizer: str, first: float, 
         assert [value for _, value in steps] == pytest.approx([1e-3, first * factor] * 3)
 
 
+def test_the_students_rate_can_follow_a_cosine() -> None:
+    distiller = build(epochs=2, iterations=2, student_schedule="cosine", student_lr=0.1)
+    for epoch, last in enumerate((0.05 * (1 + math.cos(math.pi / 4)), 0.05 * (1 + math.cos(math.pi * 3 / 4)))):
+        distiller.run_epoch(epoch)
+        assert distiller.student_optimizer.param_groups[0]["lr"] == pytest.approx(last)
+        assert distiller.generator_optimizer.param_groups[0]["lr"] == 1e-3
+
+
 # -- attention over the heads --------------------------------------------------------------------------------------
 
 

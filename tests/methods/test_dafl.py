@@ -107,8 +107,12 @@ def test_the_paper_has_nats_and_the_code_digits() -> None:
     assert found[0]["generator/one_hot"] == found[1]["generator/one_hot"]
 
 
-def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    distiller = build(epochs=4, iterations=3, student_milestones=(1, 3))
+COSINE = [0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("multistep", [0.1] * 3 + [0.01] * 6 + [0.001] * 3), ("cosine", COSINE), ("constant", [0.1] * 12)])
+def test_steps_and_rates_of_every_epoch(schedule: str, rates: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = build(epochs=4, iterations=3, student_schedule=schedule, student_milestones=(1, 3))
     steps: list[tuple[str, float]] = []
     for name in ("generator", "student"):
         optimizer = getattr(distiller, f"{name}_optimizer")
@@ -119,11 +123,11 @@ def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None
 
         monkeypatch.setattr(optimizer, "step", step)
     assert distiller.num_epochs == 4
-    for epoch, rate in enumerate((0.1, 0.01, 0.01, 0.001)):
+    for epoch in range(4):
         steps.clear()
         distiller.run_epoch(epoch)
         assert [name for name, _ in steps] == ["generator", "student"] * 3
-        assert [value for _, value in steps] == pytest.approx([0.02, rate] * 3)
+        assert [value for _, value in steps] == pytest.approx([value for rate in rates[3 * epoch : 3 * epoch + 3] for value in (0.02, rate)])
 
 
 def test_another_number_of_headers_is_an_error() -> None:

@@ -138,8 +138,9 @@ def test_the_exponentials_are_bounded_by_the_number_of_classes() -> None:
 # -- the schedule --------------------------------------------------------------------------------------------------
 
 
-def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    distiller = build(generator_epochs=2, student_epochs=4, student_milestones=(1, 3), iterations=3)
+@pytest.mark.parametrize(("schedule", "falling"), [("constant", [1.0] * 6), ("cosine", [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)])])
+def test_steps_and_rates_of_every_epoch(schedule: str, falling: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = build(generator_epochs=2, generator_schedule=schedule, student_epochs=4, student_milestones=(1, 3), iterations=3)
     steps: list[tuple[str, float]] = []
     for name in ("generator", "student"):
         optimizer = getattr(distiller, f"{name}_optimizer")
@@ -150,12 +151,13 @@ def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None
 
         monkeypatch.setattr(optimizer, "step", step)
     assert distiller.num_epochs == 6
-    expected = [("generator", 1e-3)] * 2 + [("student", 2e-3), ("student", 2e-4), ("student", 2e-4), ("student", 2e-5)]
-    for epoch, (name, rate) in enumerate(expected):
+    expected = [("generator", [1e-3 * share for share in shares]) for shares in (falling[:3], falling[3:])]
+    expected += [("student", [rate] * 3) for rate in (2e-3, 2e-4, 2e-4, 2e-5)]
+    for epoch, (name, rates) in enumerate(expected):
         steps.clear()
         distiller.run_epoch(epoch)
         assert [stepped for stepped, _ in steps] == [name] * 3
-        assert [value for _, value in steps] == pytest.approx([rate] * 3)
+        assert [value for _, value in steps] == pytest.approx(rates)
 
 
 def test_each_stage_leaves_the_other_network_alone() -> None:

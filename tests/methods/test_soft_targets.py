@@ -146,7 +146,7 @@ def test_where_pixels_start(start: str, mean: float, std: float, monkeypatch: py
 
 
 def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    distiller = build(2, rounds=3, image_steps=4, image_batch=20, pool_size=50, epochs=2, iterations=3, student_lr=0.02)
+    distiller = build(2, rounds=3, image_steps=4, image_batch=20, pool_size=50, epochs=2, iterations=3, student_lr=0.02, student_milestones=(1,))
     looks: list[tuple[int, int]] = []
     rates: list[float] = []
     image_loss, step, optimise = distiller.image_loss, distiller.student_optimizer.step, soft_targets.optimise_pixels
@@ -167,10 +167,10 @@ def test_steps_and_rates_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None
         assert len(distiller.pool) == stored
     assert state_hash(distiller.student.state_dict()) == student
     assert rates == [0.05] * 3
-    for epoch in (3, 4):
+    for epoch, rate in ((3, 0.02), (4, 0.002)):
         rates.clear()
         distiller.run_epoch(epoch)
-        assert rates == [0.02] * 3
+        assert rates == pytest.approx([rate] * 3)
 
 
 @pytest.mark.parametrize("heads", [2, 1])
@@ -220,6 +220,7 @@ def test_what_is_disclosed_and_the_defaults_that_are_known() -> None:
         {"temperature": -1.0},
         {"target_temperature": 0.0},
         {"image_temperature": 0.0},
+        {"least_area": 1.5},
     ],
 )
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any]) -> None:

@@ -114,6 +114,33 @@ def test_image_loss_equals_a_plain_reference() -> None:
     assert float(found) == pytest.approx(total, rel=1e-4)
 
 
+def test_free_pixels_start_as_noise_decay_and_are_clipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller = build(rounds=1, image_steps=3, image_batch=20, pixels="free", pixel_decay=0.2, image_lr=0.5)
+    given: list[Tensor] = []
+    optimise = zskd.optimise_pixels
+
+    def watched(pixels: Tensor, *arguments: Any, **named: Any) -> Any:
+        assert named["bounded"](pixels * 3) is not None
+        assert torch.equal(named["bounded"](pixels * 3), pixels * 3)
+        final, terms = optimise(pixels, *arguments, **named)
+        given.extend((pixels.clone(), final.clone()))
+        return final, terms
+
+    monkeypatch.setattr(zskd, "optimise_pixels", watched)
+    distiller.run_epoch(0)
+    start, final = given
+    assert (float(start.mean()), float(start.std())) == pytest.approx((0.0, 1.0), abs=0.1)
+    assert float(final.min()) < -0.5
+    assert float(final.max()) > 1.5
+    stored = distiller.pool.at(torch.arange(20))
+    torch.testing.assert_close(stored, DIGITS.normalise(final.clamp(0, 1)), atol=0.01, rtol=0)
+    targets = distiller.targets(1)
+    expected = sum(0.1 * float((image**2).sum()) for image in start) / 20
+    assert float(distiller.image_loss(start, targets)["images/decay"]) == pytest.approx(expected, rel=1e-5)
+    plain = build(rounds=1, image_batch=20)
+    assert list(plain.image_loss(start, targets)) == ["images/cross_entropy"]
+
+
 def test_the_images_come_to_mean_their_targets_and_fill_the_pixel_range() -> None:
     distiller = build(image_steps=80, image_batch=50, rounds=1, betas=(0.1,))
     terms = distiller.run_epoch(0)
@@ -126,7 +153,7 @@ def test_the_images_come_to_mean_their_targets_and_fill_the_pixel_range() -> Non
 
 
 def test_every_round_starts_from_noise_and_steps_and_rates_are_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    distiller = build(rounds=2, image_steps=3, image_batch=20, pool_size=30, epochs=2, iterations=4, student_lr=0.02, image_lr=0.03)
+    distiller = build(rounds=2, image_steps=3, image_batch=20, pool_size=30, epochs=2, iterations=4, student_lr=0.02, student_milestones=(1,), image_lr=0.03)
     starts: list[Tensor] = []
     looks: list[int] = []
     rates: list[float] = []
@@ -152,10 +179,10 @@ def test_every_round_starts_from_noise_and_steps_and_rates_are_as_configured(mon
     for start in starts:
         assert 0 <= float(start.min()) < 0.01
         assert float(start.mean()) == pytest.approx(0.5, abs=0.05)
-    for epoch in (2, 3):
+    for epoch, rate in ((2, 0.02), (3, 0.002)):
         rates.clear()
         distiller.run_epoch(epoch)
-        assert rates == [0.02] * 4
+        assert rates == pytest.approx([rate] * 4)
 
 
 def test_stage_b_equals_a_plain_reference() -> None:
@@ -193,7 +220,14 @@ def test_what_is_disclosed_and_the_authors_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rounds": 0}, "rounds is 0"), ({"batch_size": 1}, "batch_size is 1"), ({"betas": ()}, r"betas is \[\]"), ({"betas": (1.0, 0.0)}, "positive numbers")],
+    [
+        ({"rounds": 0}, "rounds is 0"),
+        ({"batch_size": 1}, "batch_size is 1"),
+        ({"betas": ()}, r"betas is \[\]"),
+        ({"betas": (1.0, 0.0)}, "positive numbers"),
+        ({"least_area": 0.0}, "least_area is 0.0"),
+        ({"pixel_decay": -1.0}, "pixel_decay is -1.0"),
+    ],
 )
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
