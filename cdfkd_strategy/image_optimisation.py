@@ -42,6 +42,11 @@ def free(pixels: Tensor) -> Tensor:
     return pixels
 
 
+def decay(pixels: Tensor, weight: float) -> Tensor:
+    """``weight/2 sum x^2`` per image ``x`` of ``[B, channels, H, W]``, their mean: what holds free pixels."""
+    return 0.5 * weight * pixels.square().sum((1, 2, 3)).mean()
+
+
 def clipped(pixels: Tensor) -> Tensor:
     """Values outside [0, 1] become the nearest inside."""
     return pixels.clamp(0, 1)

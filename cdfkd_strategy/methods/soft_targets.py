@@ -25,6 +25,7 @@ for AlexNet, 0.05 for LeNet-5). *Reconstruction* is what else there is, since th
   noise is enough. tau = 20, for the student, is ZSKD's. `simulations/LOG.md` has the trials on MNIST.
 - x starts as N(mean, std) of real images' pixels, clipped to [0, 1]; ``start="uniform"`` is U(0, 1).
 - The factor tau_x^2, so that lambda_a means the same at every tau_x.
+- ``pixels="free"`` optimises x as `zskd` does with the same setting: from N(0, 1), with the term ``d/2 sum x^2``, and clipped at the end alone.
 - Adam of rate 0.01 on pixels that are clipped to [0, 1] after every step, 1500 steps, 100 images a round, 40,000 images.
 - The student learns what the teacher says of the final images, not y, shifted, and mirrored if they are in colour; Adam 1e-3 and 500
   epochs from ZSKD.
@@ -53,7 +54,7 @@ from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
-from cdfkd_strategy.image_optimisation import clipped, optimise_pixels
+from cdfkd_strategy.image_optimisation import clipped, decay, free, optimise_pixels
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.models.feature_layer import LayerName, feature_layer, replay
 from cdfkd_strategy.pool_distillation import PoolDistillation
@@ -83,7 +84,9 @@ class SoftTargetsConfig:
         rounds: batches of images, one epoch each.
         image_steps: optimisation steps per round.
         image_batch: images per round.
-        image_lr: Adam on pixels in [0, 1].
+        image_lr: Adam on pixels.
+        pixels: "clipped" to [0, 1] after every step, or "free", see above; free ones ignore ``start``.
+        pixel_decay: d, of free pixels.
         activation_weight: lambda_a (0.05 for LeNet-5).
         pool_size: images in the transfer set; beyond, the oldest leave it.
         epochs: epochs of stage (b).
@@ -108,6 +111,8 @@ class SoftTargetsConfig:
     image_steps: int = 1500
     image_batch: int = 100
     image_lr: float = 0.01
+    pixels: Literal["clipped", "free"] = "clipped"
+    pixel_decay: float = 1e-3
     activation_weight: float = 0.1
     pool_size: int = 40_000
     epochs: int = 500
@@ -129,6 +134,8 @@ class SoftTargetsConfig:
         for name in ("sigma", "target_temperature", "image_temperature", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
+        if self.pixel_decay < 0:
+            raise ConfigError(f"method.pixel_decay is {self.pixel_decay}; accepted: 0 or more")
 
     @classmethod
     def toy(cls) -> SoftTargetsConfig:
@@ -224,25 +231,34 @@ class SoftTargets(Distiller):
         return replay(net, layer, v, self.image).float().to(self.runtime.device)
 
     def image_loss(self, pixels: Tensor, targets: Targets) -> LossTerms:
-        """The weighted terms of stage (a) for ``pixels [B, channels, H, W]`` in [0, 1]."""
+        """The weighted terms of stage (a) for ``pixels [B, channels, H, W]``."""
         said = self.teachers.only([targets.teacher]).observe(self.image.normalise(pixels), bn=False)
         assert said.features[0] is not None
         tau = self.config.image_temperature
         y = targets.logits * (tau / self.config.target_temperature)  # what T(x) must be, up to a constant
-        return {
+        terms = {
             "images/kl": kl_divergence(said.logits[0], y, tau),
             "images/activation": -self.config.activation_weight * said.features[0].abs().mean(),
         }
+        if self.config.pixels == "free":
+            terms["images/decay"] = decay(pixels, self.config.pixel_decay)
+        return terms
+
+    def _noise(self) -> Tensor:
+        shape = (self.config.image_batch, *self.image.shape)
+        if self.config.start == "uniform" and self.config.pixels == "clipped":
+            return torch.rand(shape, generator=self.rng)
+        noise = torch.randn(shape, generator=self.rng)
+        return noise if self.config.pixels == "free" else self.image.to_pixels(noise)
 
     def _synthesise(self, targets: Targets) -> Metrics:
         """Optimise one batch of images and add it to the transfer set; the metrics are those of the last step, and the balance of its targets."""
         config = self.config
-        shape = (config.image_batch, *self.image.shape)
-        noise = torch.rand(shape, generator=self.rng) if config.start == "uniform" else self.image.to_pixels(torch.randn(shape, generator=self.rng))
+        bounded = free if config.pixels == "free" else clipped
         pixels, terms = optimise_pixels(
-            self.runtime.images(noise), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=clipped
+            self.runtime.images(self._noise()), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=bounded
         )
-        images = self.image.normalise(pixels)
+        images = self.image.normalise(clipped(pixels))
         self.pool.add(images)
         classes = targets.logits.argmax(-1)
         with torch.no_grad():

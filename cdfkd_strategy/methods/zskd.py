@@ -51,7 +51,7 @@ from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
-from cdfkd_strategy.image_optimisation import clipped, free, optimise_pixels, stretched
+from cdfkd_strategy.image_optimisation import clipped, decay, free, optimise_pixels, stretched
 from cdfkd_strategy.models.feature_layer import feature_layer
 from cdfkd_strategy.pool_distillation import PoolDistillation
 from cdfkd_strategy.runtime import Runtime
@@ -222,7 +222,7 @@ class ZSKD(Distiller):
         entropies = -(targets.probabilities * F.log_softmax(logits.float() / self.config.temperature, dim=-1)).sum(-1)
         terms = {"images/cross_entropy": (self.teachers.weights[:, targets.labels] * entropies).sum(0).mean()}
         if self.config.pixels == "free":
-            terms["images/decay"] = 0.5 * self.config.pixel_decay * pixels.square().sum((1, 2, 3)).mean()
+            terms["images/decay"] = decay(pixels, self.config.pixel_decay)
         return terms
 
     def _impress(self, targets: Targets) -> Metrics:
