@@ -28,11 +28,11 @@ for AlexNet, 0.05 for LeNet-5). *Reconstruction* is what else there is, since th
 - ``pixels="free"`` optimises x as `zskd` does with the same setting: from N(0, 1), with the term ``d/2 sum x^2``, and clipped at the end alone.
 - Adam of rate 0.01 on pixels that are clipped to [0, 1] after every step, 1500 steps, 100 images a round, 40,000 images.
 - The student learns what the teacher says of the final images, not y, shifted, and mirrored if they are in colour; Adam 1e-3 and 500
-  epochs from ZSKD.
+  epochs from ZSKD. ``least_area`` below 1 also enlarges parts of them: images seen as they are, or only shifted, it learns by heart.
 - R makes classes correlated, and nothing balances them: the class histogram of y is among the metrics, and ``balance="reject"``
   keeps candidates so that all classes are as frequent as they can be. The default keeps them as they come, as the paper does.
 
-Ablations: ``mu``, ``sigma``, ``layer``, ``target_temperature``, ``image_temperature``, ``start``, ``balance``.
+Ablations: ``mu``, ``sigma``, ``layer``, ``target_temperature``, ``image_temperature``, ``start``, ``pixels``, ``least_area``, ``balance``.
 
 Several teachers (the paper has one) take turns: the targets and images of a round are those of one of them, and candidates
 are kept with a probability proportional to the weight w[k, c] of teacher k for the target's class c, so that a teacher makes images of

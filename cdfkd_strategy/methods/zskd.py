@@ -31,8 +31,9 @@ Deviations:
   image of class k with the class weights w[., k]. In stage (b) header k imitates teacher k, and a student with one header
   imitates the fused ensemble; one teacher is the paper's case.
 - A round has all classes and betas in turn, and not one of each. The impressions are stored as bytes.
-- The student's images are shifted, and mirrored if they are in colour (the paper also scales and rotates them), and the teachers see
-  them as the student does; its rate and epochs are the authors' code's.
+- The student's images are shifted, and mirrored if they are in colour, and the teachers see them as the student does. The paper also scales
+  and rotates them: ``least_area`` below 1 enlarges parts of them, which smooths free pixels (and loses with stretched ones), and nothing
+  rotates them. Its rate and epochs are the authors' code's.
 
 A client must disclose its weights; BatchNorm statistics are not used as such.
 """
