@@ -110,11 +110,10 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int], jobs: int, 
 
 def _train_teachers(config: RunConfig, home: Path) -> None:
     """Make a directory of teachers, if it is not there; one without an index was not finished, and is written anew."""
-    if (home / INDEX).exists():
-        return
-    with held(home):
-        logger.info("training the teachers %s", home.name)
-        write_teachers(config, home)
+    if not (home / INDEX).exists():
+        with held(home):
+            logger.info("training the teachers %s", home.name)
+            write_teachers(config, home)
 
 
 def _check_run(run: BenchRun, directory: Path) -> None:
