@@ -127,8 +127,12 @@ def test_free_pixels_start_as_noise_decay_and_are_clipped_once(monkeypatch: pyte
         return final, terms
 
     monkeypatch.setattr(zskd, "optimise_pixels", watched)
+    looked: list[Tensor] = []
+    fused = TeacherEnsemble.fused
+    monkeypatch.setattr(TeacherEnsemble, "fused", lambda self, images: (looked.append(images), fused(self, images))[1])
     distiller.run_epoch(0)
     start, final = given
+    torch.testing.assert_close(looked[-1], DIGITS.normalise(final.clamp(0, 1)))  # what is measured is what is stored
     assert (float(start.mean()), float(start.std())) == pytest.approx((0.0, 1.0), abs=0.1)
     assert float(final.min()) < -0.5
     assert float(final.max()) > 1.5
