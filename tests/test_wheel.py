@@ -96,5 +96,5 @@ def test_flower_bundles_the_app(tmp_path: Path) -> None:
     assert {"cdfkd_strategy/flower/strategy.py", "simulations/configs/digits.yaml", "pyproject.toml"} <= held
     strange = {name for name in held if name.partition("/")[0] not in ("cdfkd_strategy", "server", "clients", "simulations", ".info")}
     assert strange <= {"pyproject.toml", "README.md", "LICENSE"}
-    assert {Path(name).suffix for name in held if name.startswith("simulations/")} == {".yaml"}
+    assert {Path(name).suffix for name in held if name.startswith("simulations/")} == {".yaml", ".md"}
     assert size < 1_500_000  # all of it text; with the committed teachers it would be 3 MB
