@@ -142,33 +142,6 @@ def test_where_pixels_start(start: str, mean: float, std: float, monkeypatch: py
     assert 0 <= float(starts[0].min()) < float(starts[0].max()) <= 1
 
 
-def test_free_pixels_start_as_noise_decay_and_are_clipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    distiller = build(rounds=1, image_steps=3, image_batch=20, pixels="free", pixel_decay=0.2, image_lr=0.5, start="uniform")
-    given: list[Tensor] = []
-    optimise = soft_targets.optimise_pixels
-
-    def watched(pixels: Tensor, *arguments: Any, **named: Any) -> Any:
-        assert torch.equal(named["bounded"](pixels * 3), pixels * 3)
-        final, terms = optimise(pixels, *arguments, **named)
-        given.extend((pixels.clone(), final.clone()))
-        return final, terms
-
-    monkeypatch.setattr(soft_targets, "optimise_pixels", watched)
-    looked: list[Tensor] = []
-    forward = TeacherEnsemble.forward
-    monkeypatch.setattr(TeacherEnsemble, "forward", lambda self, images: (looked.append(images), forward(self, images))[1])
-    distiller.run_epoch(0)
-    start, final = given
-    torch.testing.assert_close(looked[-1], DIGITS.normalise(final.clamp(0, 1)))  # what is measured is what is stored
-    assert (float(start.mean()), float(start.std())) == pytest.approx((0.0, 1.0), abs=0.1)
-    assert float(final.min()) < -0.5
-    assert float(final.max()) > 1.5
-    torch.testing.assert_close(distiller.pool.at(torch.arange(20)), DIGITS.normalise(final.clamp(0, 1)), atol=0.01, rtol=0)
-    expected = sum(0.1 * float((image**2).sum()) for image in start) / 20
-    assert float(distiller.image_loss(start, distiller.targets(0))["images/decay"]) == pytest.approx(expected, rel=1e-5)
-    assert "images/decay" not in build(rounds=1, image_batch=20).image_loss(start, distiller.targets(0))
-
-
 # -- the schedule --------------------------------------------------------------------------------------------------
 
 

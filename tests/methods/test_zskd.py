@@ -114,37 +114,6 @@ def test_image_loss_equals_a_plain_reference() -> None:
     assert float(found) == pytest.approx(total, rel=1e-4)
 
 
-def test_free_pixels_start_as_noise_decay_and_are_clipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    distiller = build(rounds=1, image_steps=3, image_batch=20, pixels="free", pixel_decay=0.2, image_lr=0.5)
-    given: list[Tensor] = []
-    optimise = zskd.optimise_pixels
-
-    def watched(pixels: Tensor, *arguments: Any, **named: Any) -> Any:
-        assert named["bounded"](pixels * 3) is not None
-        assert torch.equal(named["bounded"](pixels * 3), pixels * 3)
-        final, terms = optimise(pixels, *arguments, **named)
-        given.extend((pixels.clone(), final.clone()))
-        return final, terms
-
-    monkeypatch.setattr(zskd, "optimise_pixels", watched)
-    looked: list[Tensor] = []
-    fused = TeacherEnsemble.fused
-    monkeypatch.setattr(TeacherEnsemble, "fused", lambda self, images: (looked.append(images), fused(self, images))[1])
-    distiller.run_epoch(0)
-    start, final = given
-    torch.testing.assert_close(looked[-1], DIGITS.normalise(final.clamp(0, 1)))  # what is measured is what is stored
-    assert (float(start.mean()), float(start.std())) == pytest.approx((0.0, 1.0), abs=0.1)
-    assert float(final.min()) < -0.5
-    assert float(final.max()) > 1.5
-    stored = distiller.pool.at(torch.arange(20))
-    torch.testing.assert_close(stored, DIGITS.normalise(final.clamp(0, 1)), atol=0.01, rtol=0)
-    targets = distiller.targets(1)
-    expected = sum(0.1 * float((image**2).sum()) for image in start) / 20
-    assert float(distiller.image_loss(start, targets)["images/decay"]) == pytest.approx(expected, rel=1e-5)
-    plain = build(rounds=1, image_batch=20)
-    assert list(plain.image_loss(start, targets)) == ["images/cross_entropy"]
-
-
 def test_the_images_come_to_mean_their_targets_and_fill_the_pixel_range() -> None:
     distiller = build(image_steps=80, image_batch=50, rounds=1, betas=(0.1,))
     terms = distiller.run_epoch(0)
