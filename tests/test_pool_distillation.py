@@ -63,7 +63,7 @@ def test_student_and_teachers_see_the_same_views(name: str, augment: str, monkey
         assert not all(same_images(steps[0], known))
 
 
-@pytest.mark.parametrize("name", ["zskd", "soft_targets"])
+@pytest.mark.parametrize("name", ["deep_inversion", "zskd", "soft_targets"])
 def test_views_show_parts_of_the_images_where_that_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = get_method(name)
     areas: list[float] = []

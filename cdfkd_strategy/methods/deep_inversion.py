@@ -34,7 +34,8 @@ Deviations:
   their way for CIFAR, only what is stored is clipped, and no longer has the statistics that it was optimised for (on MNIST,
   where the background is black, far from them). Images keep their normalisation, so that the teachers'
   statistics hold in stage (b) too (a known re-implementation stretches every batch to the full range instead).
-- Stage (b) is that of CDFKD-MFS's baseline, with its crops and flips; ``augment="auto"`` mirrors colour images only.
+- Stage (b) is that of CDFKD-MFS's baseline, with its crops and flips; ``augment="auto"`` mirrors colour images only. ``least_area``
+  below 1 also enlarges parts of the images, which a student of few images would otherwise learn by heart.
 - JS is the Jensen-Shannon divergence of the paper, at the code's temperature 3, and the mean over headers (or between the
   single header and the fused ensemble); the authors' code has another quantity there (`losses.competition`).
 - Not here: the two-resolution schedule for 128 px and more.
@@ -100,6 +101,7 @@ class DeepInversionConfig:
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10.
         temperature: T of stage (b).
         augment: how images of the pool are moved in every step of the student, see `RandomViews`.
+        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1 shows all of it.
     """
 
     mode: Literal["code", "paper"] = "code"
@@ -126,6 +128,7 @@ class DeepInversionConfig:
     student_milestones: tuple[int, ...] = (80, 120)
     temperature: float = 1.0
     augment: AugmentName = "auto"
+    least_area: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "image_steps", "pool_size", "epochs", "iterations"):
@@ -139,6 +142,8 @@ class DeepInversionConfig:
         for name in ("temperature", "adaptive_temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
+        if not 0 < self.least_area <= 1:
+            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, up to 1")
         if self.blocks < 1 or self.rounds % self.blocks or self.epochs % self.blocks:
             raise ConfigError(f"method.blocks is {self.blocks}; accepted: a divisor of method.rounds ({self.rounds}) and of method.epochs ({self.epochs})")
         if self.adaptive_weight < 0 or (self.adaptive_weight > 0 and self.blocks == 1):
@@ -211,6 +216,7 @@ class DeepInversion(Distiller):
             rng=self.rng,
             runtime=runtime,
             views=RandomViews(image, config.augment, None, rng),
+            least_area=config.least_area,
         )
 
     @property

@@ -311,6 +311,7 @@ def test_the_defaults_are_the_authors_for_cifar() -> None:
         ({"image_batch": 1}, "image_batch is 1"),
         ({"jitter": -1}, "jitter is -1"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"least_area": 0.0}, "least_area is 0.0"),
         ({"blocks": 3}, r"blocks is 3; accepted: a divisor of method.rounds \(196\)"),
         ({"blocks": 0}, "blocks is 0"),
         ({"adaptive_weight": 0.2}, "at least 2 blocks"),
