@@ -159,7 +159,7 @@ def test_batch_norm_statistics_are_disclosed() -> None:
 
 def test_the_defaults_are_the_re_implementations_for_cifar_100() -> None:
     config = DFQConfig()
-    assert (config.mode, config.epochs, config.iterations, config.student_steps, config.batch_size) == ("paper", 200, 400, 5, 256)
+    assert (config.mode, config.epochs, config.iterations, config.student_steps, config.batch_size) == ("code", 200, 400, 5, 256)
     assert (config.alpha, config.temperature, config.generator) == (0.1, 1.0, GeneratorConfig(latent_dim=256))
     assert (config.student_lr, config.momentum, config.weight_decay, config.generator_lr) == (0.1, 0.9, 5e-4, 1e-3)
 
