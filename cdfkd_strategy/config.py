@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -90,6 +91,45 @@ def _coerce_union(hint: Any, value: Any, where: str) -> Any:
             except ConfigError as error:
                 errors.append(str(error))
     raise ConfigError("; or ".join(errors))
+
+
+def require(
+    config: Any,
+    where: str,
+    *names: str,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    why: str = "",
+) -> None:
+    """Check the numbers of a configuration: finite, and within the bounds. None passes, and a tuple whose numbers all do.
+
+    Args:
+        config: has the fields ``names``.
+        where: dotted prefix for error messages, or "".
+        names: fields that share the bounds.
+        least: what a number has to reach.
+        above: what a number has to be above.
+        most: what a number may reach.
+        below: what a number has to be below.
+        why: the reason for the bounds, for error messages.
+
+    Raises:
+        ConfigError: a number outside the bounds, NaN, or infinite.
+    """
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    accepted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) + (f" ({why})" if why else "")
+    prefix = f"{where}." if where else ""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else [value]:
+            if number is None:
+                continue
+            too_small = (least is not None and number < least) or (above is not None and number <= above)
+            too_large = (most is not None and number > most) or (below is not None and number >= below)
+            if too_small or too_large or not math.isfinite(number):
+                raise ConfigError(f"{prefix}{name} is {value}; accepted: {accepted}")
 
 
 def to_dict(config: Any) -> Any:

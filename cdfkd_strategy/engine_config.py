@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from cdfkd_strategy import parallel
+from cdfkd_strategy.config import require
 from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.precision import Precision
 from cdfkd_strategy.runtime import BatchNorm, Runtime
@@ -72,12 +73,10 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"engine.checkpoint_every is {self.checkpoint_every}; accepted: at least 1")
-        if self.resident_teachers < 0:
-            raise ConfigError(f"engine.resident_teachers is {self.resident_teachers}; accepted: at least 1, or 0 for all")
-        if self.transfer_images < 0:
-            raise ConfigError(f"engine.transfer_images is {self.transfer_images}; accepted: at least 1, or 0 for none")
+        require(self, "engine", "checkpoint_every", least=1)
+        require(self, "engine", "threads", "max_seconds", "evaluate_every", "watch_images", least=0)
+        require(self, "engine", "resident_teachers", least=0, why="0 keeps all")
+        require(self, "engine", "transfer_images", least=0, why="0 saves none")
         if self.device != "auto":
             try:
                 torch.device(self.device)

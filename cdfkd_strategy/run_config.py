@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
-from cdfkd_strategy.config import bind, load_yaml, override, to_dict
+from cdfkd_strategy.config import bind, load_yaml, override, require, to_dict
 from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, UnknownNameError
@@ -59,13 +59,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.weights != LABEL_COUNTS and self.weights not in COMPETENCE:
             raise UnknownNameError("server.weights", self.weights, [*COMPETENCE, LABEL_COUNTS])
-        for name, least in (("rounds", 1), ("min_teachers", 1), ("min_available_nodes", 1), ("max_teacher_age", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ConfigError(f"server.{name} is {getattr(self, name)}; accepted: at least {least}")
-        if not 0 < self.fraction_train <= 1:
-            raise ConfigError(f"server.fraction_train is {self.fraction_train}; accepted: above 0 (without teachers there is no student) to 1")
-        if not 0 <= self.fraction_evaluate <= 1:
-            raise ConfigError(f"server.fraction_evaluate is {self.fraction_evaluate}; accepted: 0 to 1")
+        require(self, "server", "rounds", "min_teachers", "min_available_nodes", least=1)
+        require(self, "server", "max_teacher_age", least=0)
+        require(self, "server", "fraction_train", above=0, most=1, why="without teachers there is no student")
+        require(self, "server", "fraction_evaluate", least=0, most=1)
         for name in ("timeout", "node_wait"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"server.{name} is {getattr(self, name)} seconds; accepted: more than 0")

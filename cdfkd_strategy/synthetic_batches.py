@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import parallel
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.runtime import Runtime
@@ -35,13 +36,10 @@ class BatchRecipe:
     replay_share: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, least in (("reuse", 1), ("replay_size", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"method.batches.{name} is {getattr(self, name)}; accepted: at least {least}")
-        if not 0 <= self.average < 1:
-            raise ConfigError(f"method.batches.average is {self.average}; accepted: at least 0 and below 1")
-        if not 0 < self.replay_share < 1:
-            raise ConfigError(f"method.batches.replay_share is {self.replay_share}; accepted: above 0 and below 1")
+        require(self, "method.batches", "reuse", least=1)
+        require(self, "method.batches", "replay_size", least=0)
+        require(self, "method.batches", "average", least=0, below=1)
+        require(self, "method.batches", "replay_share", above=0, below=1)
 
 
 class SyntheticBatches:

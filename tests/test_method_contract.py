@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import DistillResult, distill
 from cdfkd_strategy.engine_config import EngineConfig
-from cdfkd_strategy.errors import ArchitectureError, CheckpointError, NeedsError
+from cdfkd_strategy.errors import ArchitectureError, CheckpointError, ConfigError, NeedsError
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.generators import GeneratorConfig
 from cdfkd_strategy.runtime import Runtime
@@ -263,6 +263,19 @@ def test_config_is_a_frozen_dataclass_of_plain_values(cls: type[Distiller]) -> N
         field = dataclasses.fields(config)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, field, getattr(config, field))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_number_may_be_negative_or_not_finite(name: str) -> None:
+    cls = get_method(name)
+    config, hints = cls.Config(), get_type_hints(cls.Config)
+    kinds = {field.name: {hints[field.name], *get_args(hints[field.name])} & {int, float} for field in dataclasses.fields(config)}
+    values = [(field, value) for field, kind in kinds.items() if kind for value in (-1, *((math.nan, math.inf) if float in kind else ()))]
+    assert len(values) > 10
+    for field, value in values:
+        given = (value,) if get_origin(hints[field]) is tuple else value
+        with pytest.raises(ConfigError, match=rf"method\.{field} is {re.escape(str(given))}.*; accepted: "):
+            dataclasses.replace(config, **{field: given})
 
 
 @every_method

@@ -87,7 +87,7 @@ def test_another_method_does_not_inherit_the_keys_of_the_first() -> None:
         (["method.epochs"], ["method.epochs", "key=value"]),
         (["server.rounds=0"], ["server.rounds", "at least 1"]),
         (["server.fraction_train=0"], ["fraction_train", "above 0"]),
-        (["server.fraction_evaluate=1.5"], ["fraction_evaluate", "0 to 1"]),
+        (["server.fraction_evaluate=1.5"], ["fraction_evaluate", "at most 1"]),
         (["server.timeout=0"], ["timeout", "more than 0"]),
         (["cell=a/b"], ["cell", "a/b", "file name"]),
         (["method=cdfkd_mfs"], ["method", "cdfkd_mfs"]),

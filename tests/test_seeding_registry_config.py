@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.config import bind, load_yaml, override, to_dict
+from cdfkd_strategy.config import bind, load_yaml, override, require, to_dict
 from cdfkd_strategy.errors import CDFKDError, ConfigError, UnknownNameError
 from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.types import ImageSpec, Needs
@@ -94,6 +98,31 @@ def test_bind_errors_say_what_came_and_what_is_accepted(values: dict[str, Any], 
 def test_bind_says_where_it_is() -> None:
     with pytest.raises(ConfigError, match=r"unknown key method\.inner\.beta"):
         bind(Outer, {"inner": {"beta": 1}}, "method")
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "error"),
+    [
+        ([0, 3, 0.5, None], {"least": 0}, None),
+        ([1e-9, 1.0], {"above": 0, "most": 1}, None),
+        ([-1], {"least": 0}, "part.last is -1; accepted: at least 0"),
+        ([1, 0.0], {"above": 0, "why": "it divides"}, "part.last is 0.0; accepted: above 0 (it divides)"),
+        ([1.5], {"least": 0, "most": 1}, "part.last is 1.5; accepted: at least 0 and at most 1"),
+        ([1], {"above": 0, "below": 1}, "part.last is 1; accepted: above 0 and below 1"),
+        ([math.nan], {"least": 0}, "part.last is nan; accepted: at least 0"),
+        ([math.inf], {"least": 0}, "part.last is inf; accepted: at least 0"),
+    ],
+)
+def test_numbers_are_required_to_be_finite_and_within_bounds(values: list[float | None], bounds: dict[str, Any], error: str | None) -> None:
+    names = [*(f"value{number}" for number in range(len(values) - 1)), "last"]
+    config = SimpleNamespace(**dict(zip(names, values, strict=True)))
+    with nullcontext() if error is None else pytest.raises(ConfigError, match=f"^{re.escape(error)}$"):
+        require(config, "part", *names, **bounds)
+
+
+def test_a_required_number_at_the_top_level_has_no_prefix() -> None:
+    with pytest.raises(ConfigError, match=r"^rounds is 0; accepted: at least 1$"):
+        require(SimpleNamespace(rounds=0), "", "rounds", least=1)
 
 
 def test_bind_of_a_missing_required_key() -> None:

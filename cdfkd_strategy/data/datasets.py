@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.array_cache import cache_dir
 from cdfkd_strategy.data.image_data import ImageArrays, ImageData
 from cdfkd_strategy.data.image_decoding import resize_pixels
@@ -73,12 +74,9 @@ class DataConfig:
             raise ConfigError("data.name is null, so no data set says what the images are like; give data.image: channels, height, width and num_classes")
         if self.image is not None and self.class_names is not None and len(self.class_names) != self.image.num_classes:
             raise ConfigError(f"data.class_names are {len(self.class_names)} names; accepted: data.image.num_classes = {self.image.num_classes} of them")
-        if not 0 <= self.local_test < 1:
-            raise ConfigError(f"data.local_test is {self.local_test}; accepted: a fraction from 0 to below 1")
-        for name, least in (("train_size", 1), ("test_size", 1), ("validation_size", 1), ("image_size", 4)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"data.{name} is {value}; accepted: at least {least}, or null")
+        require(self, "data", "local_test", least=0, below=1)
+        require(self, "data", "train_size", "test_size", "validation_size", least=1)
+        require(self, "data", "image_size", least=4)
 
     def seed_in(self, run: int) -> int:
         """The seed of everything about the data, in a run with the seed ``run``."""

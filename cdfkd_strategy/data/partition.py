@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.splits import Indices
 from cdfkd_strategy.errors import ConfigError, DataError
 from cdfkd_strategy.registry import Registry
@@ -43,10 +44,8 @@ class PartitionConfig:
     classes_per_client: int = 2
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ConfigError(f"partition.alpha is {self.alpha}; accepted: a positive number")
-        if self.min_samples < 1 or self.classes_per_client < 1:
-            raise ConfigError(f"partition.min_samples is {self.min_samples}, classes_per_client {self.classes_per_client}; accepted: at least 1")
+        require(self, "data.partition", "alpha", above=0)
+        require(self, "data.partition", "min_samples", "classes_per_client", least=1)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from flwr.app import MetricRecord, RecordDict
 from torch import nn
 
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
-from cdfkd_strategy.config import bind, to_dict
+from cdfkd_strategy.config import bind, require, to_dict
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
@@ -29,17 +29,6 @@ _NO_RESULT = {
     *("min_teachers", "min_available_nodes", "expected_nodes"),
 }
 """Settings that may differ when a run is continued: they do not change what is computed."""
-
-
-_LEAST = {
-    "min_teachers": 1,
-    "max_teacher_age": 0,
-    "single_steps": 1,
-    "min_train_nodes": 1,
-    "min_evaluate_nodes": 0,
-    "min_available_nodes": 1,
-    "expected_nodes": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -87,14 +76,10 @@ class Options:
             raise UnknownNameError("weights", self.weights, [*COMPETENCE, LABEL_COUNTS])
         if self.broadcast not in ("heads", "single"):
             raise ConfigError(f"broadcast is {self.broadcast!r}; accepted: 'heads', 'single'")
-        if not 0 < self.fraction_train <= 1 or not 0 <= self.fraction_evaluate <= 1:
-            raise ConfigError(
-                f"fraction_train is {self.fraction_train} and fraction_evaluate {self.fraction_evaluate}; "
-                "accepted: above 0 to 1 (without teachers there is no student), and 0 to 1"
-            )
-        for name, least in _LEAST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; accepted: at least {least}")
+        require(self, "", "fraction_train", above=0, most=1, why="without teachers there is no student")
+        require(self, "", "fraction_evaluate", least=0, most=1)
+        require(self, "", "min_teachers", "single_steps", "min_train_nodes", "min_available_nodes", "expected_nodes", least=1)
+        require(self, "", "max_teacher_age", "min_evaluate_nodes", least=0)
         object.__setattr__(self, "method_config", _bound(self.distiller, self.method_config))
         needs = self.distiller.needs
         if needs.label_counts and self.weights != LABEL_COUNTS:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from cdfkd_strategy import freed_memory
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.client_share import ClientShare
 from cdfkd_strategy.errors import ArchitectureError, CDFKDError, ConfigError, DataError
 from cdfkd_strategy.losses.divergence import kl_divergence
@@ -79,15 +80,10 @@ class ClientsConfig:
     def __post_init__(self) -> None:
         if not self.architectures:
             raise ConfigError("clients.architectures is empty; accepted: at least one architecture name")
-        for name, least in (("count", 1), ("epochs", 1), ("batch_size", 2), ("num_cpus", 1), ("attention_samples", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"clients.{name} is {getattr(self, name)}; accepted: at least {least}")
-        for name in ("lr", "student_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"clients.{name} is {getattr(self, name)}; accepted: a positive number")
-        for name in ("momentum", "weight_decay", "fedprox_mu", "student_weight"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"clients.{name} is {getattr(self, name)}; accepted: at least 0")
+        require(self, "clients", "count", "epochs", "num_cpus", least=1)
+        require(self, "clients", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "clients", "lr", "milestone_rates", "student_temperature", above=0)
+        require(self, "clients", "milestones", "attention_samples", "momentum", "weight_decay", "fedprox_mu", "student_weight", least=0)
         if self.milestone_rates and len(self.milestone_rates) != len(self.milestones):
             raise ConfigError(f"clients.milestone_rates are {len(self.milestone_rates)} for {len(self.milestones)} milestones; accepted: as many, or none")
         try:

@@ -36,8 +36,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.losses.class_balance import negative_class_entropy
 from cdfkd_strategy.losses.divergence import feature_l1, kl_divergence, logit_l1, mean_logit_l1
 from cdfkd_strategy.losses.statistics import batch_norm_loss
@@ -109,13 +110,13 @@ class CDFKDMFSConfig:
     batches: BatchRecipe = field(default_factory=BatchRecipe)
 
     def __post_init__(self) -> None:
-        if self.teachers_per_step < 0:
-            raise ConfigError(f"method.teachers_per_step is {self.teachers_per_step}; accepted: at least 1, or 0 for all")
-        for name in ("epochs", "iterations", "student_steps", "generator_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
+        require(self, "method", "epochs", "iterations", "student_steps", "generator_steps", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "milestones", "feature_weight", "ensemble_weight", "bn_weight", "first_layer_weight", "weight_decay", least=0)
+        require(self, "method", "head_weight", "fused_weight", "balance_weight", least=0)
+        require(self, "method", "generator_lr", "student_lr", above=0)
+        require(self, "method", "momentum", least=0, below=1)
+        require(self, "method", "teachers_per_step", least=0, why="0 draws all of them")
 
     @classmethod
     def toy(cls) -> CDFKDMFSConfig:

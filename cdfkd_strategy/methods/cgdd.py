@@ -51,8 +51,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.attention import attention_loss
 from cdfkd_strategy.losses.class_balance import negative_class_entropy
 from cdfkd_strategy.losses.dafl import activation_loss
@@ -122,16 +122,12 @@ class CGDDConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "iterations", "student_steps", "generator_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("preset", "activation", "bn", "balance", "adversarial", "label", "attention"):
-            if getattr(self, f"{name}_weight") < 0:
-                raise ConfigError(f"method.{name}_weight is {getattr(self, f'{name}_weight')}; accepted: 0 or more")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        require(self, "method", "epochs", "iterations", "student_steps", "generator_steps", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "preset_weight", "activation_weight", "bn_weight", "first_layer_weight", "balance_weight", "adversarial_weight", least=0)
+        require(self, "method", "label_weight", "attention_weight", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "momentum", least=0, below=1)
 
     @classmethod
     def toy(cls) -> CGDDConfig:

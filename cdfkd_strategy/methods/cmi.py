@@ -44,12 +44,13 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.best_batch import BestBatch
 from cdfkd_strategy.data.feature_bank import FeatureBank
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.errors import ArchitectureError
 from cdfkd_strategy.losses.agreed_divergence import agreed_divergence
 from cdfkd_strategy.losses.contrastive import ContrastiveHead, info_nce
 from cdfkd_strategy.losses.head_targets import head_targets
@@ -133,20 +134,13 @@ class CMIConfig:
     generator: GeneratorConfig = field(default_factory=_sigmoid_generator)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "inversion_steps", "head_width", "bank_size", "pool_size", "student_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("synthesis_batch", "batch_size"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 2 (BatchNorm needs two images)")
-        for name in ("pre_rounds", "negatives", "padding"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: 0 or more")
-        for name in ("temperature", "contrastive_temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
-        if not 0 < self.least_area <= 1:
-            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, at most 1")
+        require(self, "method", "rounds", "inversion_steps", "head_width", "bank_size", "pool_size", "student_steps", least=1)
+        require(self, "method", "synthesis_batch", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "student_milestones", "pre_rounds", "negatives", "padding", least=0)
+        require(self, "method", "bn_weight", "first_layer_weight", "label_weight", "adversarial_weight", "contrastive_weight", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "student_lr", "temperature", "contrastive_temperature", above=0)
+        require(self, "method", "momentum", least=0, below=1)
+        require(self, "method", "least_area", above=0, most=1)
 
     @classmethod
     def toy(cls) -> CMIConfig:

@@ -37,8 +37,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.class_balance import DIGITS_PER_NAT
 from cdfkd_strategy.losses.dafl import dafl_terms
 from cdfkd_strategy.losses.divergence import kl_divergence
@@ -94,11 +94,11 @@ class DAFLConfig:
     generator: GeneratorConfig = field(default_factory=_cifar_generator)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
+        require(self, "method", "epochs", "iterations", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "student_milestones", "one_hot_weight", "entropy_weight", "activation_weight", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "student_lr", above=0)
+        require(self, "method", "momentum", least=0, below=1)
 
     @property
     def entropy_weight_in_nats(self) -> float:

@@ -51,6 +51,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.best_batch import BestBatch
 from cdfkd_strategy.data.transfer_pool import TransferPool
@@ -131,22 +132,16 @@ class DeepInversionConfig:
     least_area: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "image_steps", "pool_size", "epochs", "iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("image_batch", "batch_size"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 2 (BatchNorm needs two images)")
-        if self.jitter < 0:
-            raise ConfigError(f"method.jitter is {self.jitter}; accepted: 0 or more pixels")
-        for name in ("temperature", "adaptive_temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
-        if not 0 < self.least_area <= 1:
-            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, up to 1")
+        require(self, "method", "rounds", "image_steps", "pool_size", "epochs", "iterations", least=1)
+        require(self, "method", "image_batch", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "student_milestones", "jitter", "adaptive_weight", "weight_decay", least=0)
+        require(self, "method", "tv_weight", "l2_weight", "bn_weight", "first_layer_weight", least=0)
+        require(self, "method", "image_lr", "student_lr", "temperature", "adaptive_temperature", above=0)
+        require(self, "method", "momentum", least=0, below=1)
+        require(self, "method", "least_area", above=0, most=1)
         if self.blocks < 1 or self.rounds % self.blocks or self.epochs % self.blocks:
             raise ConfigError(f"method.blocks is {self.blocks}; accepted: a divisor of method.rounds ({self.rounds}) and of method.epochs ({self.epochs})")
-        if self.adaptive_weight < 0 or (self.adaptive_weight > 0 and self.blocks == 1):
+        if self.adaptive_weight > 0 and self.blocks == 1:
             raise ConfigError(
                 f"method.adaptive_weight is {self.adaptive_weight} with method.blocks={self.blocks}; accepted: 0, "
                 "or more with at least 2 blocks (the images of the first have no student to compete with)"

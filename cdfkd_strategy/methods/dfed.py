@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.divergence import logit_l1
 from cdfkd_strategy.losses.head_targets import mean_logits
 from cdfkd_strategy.losses.statistics import batch_norm_loss
@@ -81,13 +81,11 @@ class DFEDConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "iterations", "student_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if self.bn_weight < 0:
-            raise ConfigError(f"method.bn_weight is {self.bn_weight}; accepted: 0 or more")
+        require(self, "method", "epochs", "iterations", "student_steps", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "milestones", "bn_weight", "first_layer_weight", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "student_lr", above=0)
+        require(self, "method", "momentum", least=0, below=1)
 
     @classmethod
     def toy(cls) -> DFEDConfig:

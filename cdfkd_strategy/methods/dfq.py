@@ -44,8 +44,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.class_balance import DIGITS_PER_NAT, image_entropy, negative_class_entropy
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
@@ -91,17 +91,11 @@ class DFQConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "iterations", "student_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if self.alpha < 0:
-            raise ConfigError(f"method.alpha is {self.alpha}; accepted: 0 or more")
-        if self.momentum <= 0:
-            raise ConfigError(f"method.momentum is {self.momentum}; accepted: a positive number (Nesterov's method needs it)")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        require(self, "method", "epochs", "iterations", "student_steps", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "alpha", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "momentum", above=0, below=1, why="Nesterov's method needs it")
 
     @classmethod
     def toy(cls) -> DFQConfig:

@@ -46,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.best_batch import BestBatch
 from cdfkd_strategy.data.transfer_pool import TransferPool
@@ -132,20 +133,14 @@ class FastDFKDConfig:
     generator: GeneratorConfig = field(default_factory=_sigmoid_generator)
 
     def __post_init__(self) -> None:
-        for name in ("inner_steps", "pool_size", "student_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("synthesis_batch", "batch_size"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 2 (BatchNorm needs two images)")
-        if not 0 <= self.warm_up < self.epochs:
+        require(self, "method", "epochs", "inner_steps", "pool_size", "student_steps", least=1)
+        require(self, "method", "synthesis_batch", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "warm_up", "reset_epoch", "padding", "least_student_lr", least=0)
+        require(self, "method", "bn_weight", "first_layer_weight", "label_weight", "adversarial_weight", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "latent_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "momentum", "statistics_momentum", least=0, below=1)
+        if self.warm_up >= self.epochs:
             raise ConfigError(f"method.warm_up is {self.warm_up}; accepted: at least 0 and below method.epochs ({self.epochs})")
-        if not 0 <= self.statistics_momentum < 1:
-            raise ConfigError(f"method.statistics_momentum is {self.statistics_momentum}; accepted: at least 0 and below 1")
-        if self.padding < 0:
-            raise ConfigError(f"method.padding is {self.padding}; accepted: 0 or more pixels")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
 
     @property
     def rates(self) -> tuple[float, float]:

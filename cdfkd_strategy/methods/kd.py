@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.pool_distillation import PoolDistillation
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import multistep, set_rate
@@ -66,11 +66,11 @@ class KDConfig:
     augment: AugmentName = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("iterations", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least {least}")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        require(self, "method", "epochs", "iterations", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "student_lr", "temperature", above=0)
+        require(self, "method", "student_milestones", "weight_decay", least=0)
+        require(self, "method", "momentum", least=0, below=1)
 
     @classmethod
     def toy(cls) -> KDConfig:

@@ -38,8 +38,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.losses.statistics import batch_norm_loss
@@ -94,18 +94,11 @@ class MADConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "iterations", "student_steps", "generator_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"method.ema_decay is {self.ema_decay}; accepted: at least 0 and below 1")
-        for name in ("ema_weight", "bn_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: 0 or more")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        require(self, "method", "epochs", "iterations", "student_steps", "generator_steps", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "milestones", "ema_weight", "bn_weight", "first_layer_weight", "weight_decay", least=0)
+        require(self, "method", "generator_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "momentum", "ema_decay", least=0, below=1)
 
     @classmethod
     def toy(cls) -> MADConfig:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
 from cdfkd_strategy.runtime import Runtime
@@ -53,11 +53,11 @@ class NoiseConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("iterations", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least {least}")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        require(self, "method", "epochs", "iterations", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "student_lr", "temperature", above=0)
+        require(self, "method", "student_milestones", "weight_decay", least=0)
+        require(self, "method", "momentum", least=0, below=1)
 
     @classmethod
     def toy(cls) -> NoiseConfig:

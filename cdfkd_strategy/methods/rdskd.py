@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.class_balance import negative_class_entropy, one_hot_cross_entropy
@@ -102,18 +103,13 @@ class RDSKDConfig:
     generator: GeneratorConfig = field(default_factory=_cifar_generator)
 
     def __post_init__(self) -> None:
-        for name, least in (("generator_epochs", 1), ("student_epochs", 1), ("iterations", REFRESH_AT + 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least {least}")
+        require(self, "method", "generator_epochs", "student_epochs", least=1)
+        require(self, "method", "iterations", least=REFRESH_AT + 1)
+        require(self, "method", "student_batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "generator_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "student_milestones", "one_hot_factor", "entropy_factor", "diversity_factor", least=0)
         if self.batch_size < 4 or self.batch_size % 2:
             raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: an even number, at least 4 (the diversity loss compares two halves)")
-        if self.student_batch_size is not None and self.student_batch_size < 2:
-            raise ConfigError(f"method.student_batch_size is {self.student_batch_size}; accepted: at least 2 (BatchNorm needs two images), or null")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
-        for name in ("one_hot_factor", "entropy_factor", "diversity_factor"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: 0 or more")
 
     @classmethod
     def toy(cls) -> RDSKDConfig:

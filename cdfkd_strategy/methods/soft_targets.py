@@ -50,10 +50,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.image_optimisation import clipped, decay, free, optimise_pixels
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.models.feature_layer import LayerName, feature_layer, replay
@@ -124,18 +124,11 @@ class SoftTargetsConfig:
     least_area: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if not 0 < self.least_area <= 1:
-            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, up to 1")
-        for name in ("sigma", "target_temperature", "image_temperature", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: a positive number")
-        if self.pixel_decay < 0:
-            raise ConfigError(f"method.pixel_decay is {self.pixel_decay}; accepted: 0 or more")
+        require(self, "method", "candidates", "rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "sigma", "target_temperature", "image_temperature", "image_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "student_milestones", "pixel_decay", "activation_weight", least=0)
+        require(self, "method", "least_area", above=0, most=1)
 
     @classmethod
     def toy(cls) -> SoftTargetsConfig:

@@ -46,11 +46,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.best_batch import BestBatch
 from cdfkd_strategy.data.hidden_features import HiddenFeatures
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.activation_regions import activation_regions, class_activation_difference, multi_scale_difference
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
@@ -126,19 +126,12 @@ class SpaceshipNetConfig:
     generator: GeneratorConfig = field(default_factory=_sigmoid_generator)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "generator_steps", "pool_size", "student_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("synthesis_batch", "batch_size"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 2 (BatchNorm needs two images)")
-        for name in ("padding", "scales_weight", "cam_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: 0 or more")
-        if not 0 <= self.exchange_probability <= 1:
-            raise ConfigError(f"method.exchange_probability is {self.exchange_probability}; accepted: 0 to 1")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
+        require(self, "method", "epochs", "generator_steps", "pool_size", "student_steps", least=1)
+        require(self, "method", "synthesis_batch", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "padding", "label_weight", "bn_weight", "first_layer_weight", "scales_weight", "cam_weight", "weight_decay", least=0)
+        require(self, "method", "exchange_probability", least=0, most=1)
+        require(self, "method", "generator_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "momentum", least=0, below=1)
 
     @classmethod
     def toy(cls) -> SpaceshipNetConfig:

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.config import require
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.data.transfer_pool import TransferPool
 from cdfkd_strategy.distiller import METHODS, Distiller
@@ -107,19 +108,14 @@ class ZSKDConfig:
     least_area: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if not 0 < self.least_area <= 1:
-            raise ConfigError(f"method.least_area is {self.least_area}; accepted: above 0, up to 1")
-        if not self.betas or min(self.betas) <= 0:
-            raise ConfigError(f"method.betas is {list(self.betas)}; accepted: one or more positive numbers")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature is {self.temperature}; accepted: a positive number")
-        if self.pixel_decay < 0:
-            raise ConfigError(f"method.pixel_decay is {self.pixel_decay}; accepted: 0 or more")
+        require(self, "method", "rounds", "image_steps", "image_batch", "pool_size", "epochs", "iterations", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "image_lr", "student_lr", "temperature", above=0)
+        require(self, "method", "student_milestones", "pixel_decay", least=0)
+        require(self, "method", "least_area", above=0, most=1)
+        require(self, "method", "betas", above=0)
+        if not self.betas:
+            raise ConfigError("method.betas is empty; accepted: one or more positive numbers")
 
     @classmethod
     def toy(cls) -> ZSKDConfig:

@@ -43,8 +43,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.distiller import METHODS, Distiller
-from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.losses.attention import Reduction, attention_loss
 from cdfkd_strategy.losses.divergence import kl_divergence
 from cdfkd_strategy.losses.head_targets import head_targets
@@ -92,15 +92,10 @@ class ZSKTConfig:
     generator: GeneratorConfig = field(default_factory=_generator)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "iterations", "generator_steps", "student_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"method.batch_size is {self.batch_size}; accepted: at least 2 (BatchNorm needs two images)")
-        if self.attention_weight < 0:
-            raise ConfigError(f"method.attention_weight is {self.attention_weight}; accepted: 0 or more")
-        if self.max_norm <= 0:
-            raise ConfigError(f"method.max_norm is {self.max_norm}; accepted: a positive number")
+        require(self, "method", "epochs", "iterations", "generator_steps", "student_steps", least=1)
+        require(self, "method", "batch_size", least=2, why="BatchNorm needs two images")
+        require(self, "method", "attention_weight", least=0)
+        require(self, "method", "generator_lr", "student_lr", "max_norm", above=0)
 
     @property
     def reduction(self) -> Reduction:

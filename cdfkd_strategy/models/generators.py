@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cdfkd_strategy.config import require
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.modes import modes_kept
 from cdfkd_strategy.precision import full
@@ -45,10 +46,8 @@ class GeneratorConfig:
     output: Literal["tanh", "affine_norm", "sigmoid"] = "tanh"
 
     def __post_init__(self) -> None:
-        if self.latent_dim < 1:
-            raise ConfigError(f"generator latent_dim is {self.latent_dim}; accepted: at least 1")
-        if not 0 < self.width < float("inf"):
-            raise ConfigError(f"generator width is {self.width}; accepted: a positive number")
+        require(self, "generator", "latent_dim", least=1)
+        require(self, "generator", "width", above=0)
         if self.output == "affine_norm" and self.final_norm is False:
             raise ConfigError("generator output is 'affine_norm' and final_norm is False; accepted: final_norm null or true with it")
         if self.output == "sigmoid" and self.final_norm:

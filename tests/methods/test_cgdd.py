@@ -275,7 +275,7 @@ def test_another_number_of_headers_is_an_error() -> None:
     [
         ({"generator_steps": 0}, "generator_steps is 0; accepted: at least 1"),
         ({"batch_size": 1}, "batch_size is 1"),
-        ({"label_weight": -0.1}, "label_weight is -0.1; accepted: 0 or more"),
+        ({"label_weight": -0.1}, "label_weight is -0.1; accepted: at least 0"),
         ({"temperature": 0.0}, "temperature is 0"),
     ],
 )

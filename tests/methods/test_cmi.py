@@ -264,7 +264,7 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
         ({"synthesis_batch": 1}, "synthesis_batch is 1"),
         ({"negatives": -1}, "negatives is -1"),
         ({"contrastive_temperature": 0.0}, "contrastive_temperature is 0"),
-        ({"least_area": 0.0}, "least_area is 0.0; accepted: above 0, at most 1"),
+        ({"least_area": 0.0}, "least_area is 0.0; accepted: above 0 and at most 1"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any], message: str) -> None:

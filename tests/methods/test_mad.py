@@ -188,7 +188,7 @@ def test_the_average_of_the_paper_is_the_default() -> None:
         ({"student_steps": 0}, "student_steps is 0; accepted: at least 1"),
         ({"batch_size": 1}, "batch_size is 1"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0; accepted: at least 0 and below 1"),
-        ({"ema_weight": -1.0}, "ema_weight is -1.0; accepted: 0 or more"),
+        ({"ema_weight": -1.0}, "ema_weight is -1.0; accepted: at least 0"),
         ({"temperature": 0.0}, "temperature is 0"),
     ],
 )

@@ -220,7 +220,7 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
         ({"batch_size": 2}, "at least 4"),
         ({"student_batch_size": 1}, "student_batch_size is 1; accepted: at least 2"),
         ({"temperature": 0.0}, "temperature is 0"),
-        ({"diversity_factor": -1.0}, "diversity_factor is -1.0; accepted: 0 or more"),
+        ({"diversity_factor": -1.0}, "diversity_factor is -1.0; accepted: at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(change: dict[str, Any], message: str) -> None:

@@ -292,7 +292,7 @@ def test_the_defaults_are_the_authors_for_cifar() -> None:
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 1}, "batch_size is 1"),
         ({"cam_weight": -1.0}, "cam_weight is -1"),
-        ({"exchange_probability": 1.5}, "exchange_probability is 1.5; accepted: 0 to 1"),
+        ({"exchange_probability": 1.5}, "exchange_probability is 1.5; accepted: at least 0 and at most 1"),
         ({"temperature": 0.0}, "temperature is 0"),
     ],
 )
