@@ -129,7 +129,8 @@ def test_the_columns_of_cgdd_are_terms_of_its_epochs() -> None:
     assert bench.metrics == ("images/label_agreement", "images/class_balance")
     assert all(run.metrics == bench.metrics for run in bench.runs)
     same, mine = ({run.row: run.config for run in resolve_bench(name).runs} for name in ("mnist_methods", "cgdd_images"))
-    assert all(mine[row].method == same[row].method for row in ("cgdd", "dfq", "dfad")), "the file says so"
+    for row in ("cgdd", "dfq", "dfad"):
+        assert {**mine[row].method, "epochs": 2 * mine[row].method["epochs"]} == same[row].method, "the file says so"
     assert mine["cgdd"].student == same["cgdd"].student
     image = IMAGES["mnist"]
     with seeding.seeded_scope("study"):
