@@ -77,6 +77,11 @@ class Distiller(ABC):
         self.extras = (extras or Extras()).only(self.needs)
         self.check_needs()
 
+    @classmethod
+    def teachers_at_once(cls, config: Any, teachers: int) -> int:  # noqa: ARG003 - for methods with such a setting
+        """How many of so many teachers a step computes; what the activations take grows with it. All, unless a method draws some."""
+        return teachers
+
     def check_needs(self) -> None:
         """Compare ``needs`` with what the teachers and the extras have; called before any training."""
         for need, have in (("batch_norm", self.teachers.has_batch_norm), ("features", self.teachers.has_features)):

@@ -150,7 +150,7 @@ def distill(
     if runtime.channels_last and not teachers.accepts_channels_last():
         logger.info("a teacher cannot take images in the channels-last layout; distilling without it")
         runtime = dataclasses.replace(runtime, channels_last=False)
-    runtime = engine.recomputing(engine.shared(runtime), len(teachers))
+    runtime = engine.recomputing(engine.shared(runtime), cls.teachers_at_once(config, len(teachers)))
     if not parallel.is_first():
         directory, engine = None, dataclasses.replace(engine, progress=False)
     if directory is not None:

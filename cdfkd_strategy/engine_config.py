@@ -146,7 +146,7 @@ class EngineConfig:
         return dataclasses.replace(runtime, processes=parallel.size(), precision="bfloat16" if half else "float32")
 
     def recomputing(self, runtime: Runtime, teachers: int) -> Runtime:
-        """The runtime for so many teachers: ``recompute_teachers="auto"`` is resolved."""
+        """The runtime for so many teachers per step: ``recompute_teachers="auto"`` is resolved."""
         return dataclasses.replace(runtime, recompute=True) if self.recompute_teachers == "auto" and teachers >= RECOMPUTE_FROM else runtime
 
     def _read_runtime(self, path: Path) -> Runtime:

@@ -16,10 +16,11 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# <malloc.h>; the kept values are the largest that the int of mallopt takes usefully, the others glibc's first ones.
+# <malloc.h>. The kept values are the largest that the int of mallopt takes usefully. Once they are set, glibc no longer adapts its thresholds, so the
+# others are what it would have come to: the most that it keeps of a process with large blocks. Its first ones would make every block of 128 KB slow.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 KEPT = {M_MMAP_THRESHOLD: 2**30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
-ORDINARY = {M_MMAP_THRESHOLD: 2**17, M_TRIM_THRESHOLD: 2**17, M_TOP_PAD: 2**17}
+ORDINARY = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_TOP_PAD: 2**17}
 
 _depth = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -155,12 +156,16 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             runtime: device, layout, precision; whether BatchNorm is folded, and whether teachers are computed a second time in the backward pass.
-            resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all.
+            resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all. Where not all of them fit with and
+                without BatchNorm, nothing is folded: that takes as long as ten forward passes, and a copy with BatchNorm serves every step.
             sharded: of several processes each has working copies of some, and computes those where batches are split.
         """
         sharded = sharded and parallel.size() > 1
         if sharded and not resident:
             resident = 2 * -(-len(self) // parallel.size())  # folded, and with their BatchNorm
+        own = -(-len(self) // parallel.size()) if sharded else len(self)
+        if 0 < resident < 2 * own:
+            runtime = dataclasses.replace(runtime, fold=False)
         weights = self.weights
         if resident:
             self.weights = weights.to(runtime.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -77,7 +78,7 @@ def compare(runtime: Runtime, repository: Path, mode: Literal["paper", "fused"] 
     }  # fmt: skip
     for _ in range(WARM_UP):
         plain.iteration()
-    largest, smallest = 0.0, 1.0
+    differences, cosines = [], []
     with mine.teachers.prepared(runtime), runtime.computing(mine.student):
         for _ in range(ITERATIONS):
             for kind in ("student", "generator"):
@@ -87,9 +88,10 @@ def compare(runtime: Runtime, repository: Path, mode: Literal["paper", "fused"] 
                 found = getattr(mine, f"{kind}_step")()
                 assert {f"{kind}/{name}" for name in found} == set(expected)
                 for name, value in found.items():
-                    largest = max(largest, abs(float(value.detach()) / expected[f"{kind}/{name}"] - 1))
-                smallest = min(smallest, float(F.cosine_similarity(gradient(state[kind]), gradient(getattr(mine, kind)), dim=0)))
-    return largest, smallest
+                    differences.append(abs(float(value.detach()) / expected[f"{kind}/{name}"] - 1))
+                cosines.append(float(F.cosine_similarity(gradient(state[kind]), gradient(getattr(mine, kind)), dim=0)))
+    assert all(math.isfinite(value) for value in (*differences, *cosines)), "max() and min() would pass over NaN"
+    return max(differences), min(cosines)
 
 
 FLOAT32 = {

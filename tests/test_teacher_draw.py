@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.engine import distill
+from cdfkd_strategy.engine_config import RECOMPUTE_FROM, EngineConfig
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
 from cdfkd_strategy.models.head_fusion import class_weights
@@ -98,6 +100,33 @@ def test_a_step_trains_the_headers_of_those_drawn_and_the_trunk() -> None:
     changed = {name for name, value in method.student.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[1] for name in changed if name.startswith("headers.")} == {str(k) for k in chosen}
     assert any(name.startswith("trunk.") for name in changed)
+
+
+def test_student_and_generator_have_turns_of_their_own() -> None:
+    """Else a teacher's turn could come in steps of the generator alone, and its header would not be trained."""
+    method = distiller(4, 2)
+    method.student.train()
+    seen: dict[str, list[tuple[int, ...]]] = {"student": [], "generator": []}
+    for kind, chosen in seen.items():
+        draw: TeacherDraw = getattr(method, f"{kind}_draw")
+        draw.next = lambda rng, chosen=chosen, ask=draw.next: chosen.append(tuple(ask(rng))) or list(chosen[-1])  # type: ignore[method-assign,misc,func-returns-value]
+    for _ in range(8):
+        method.student_step()
+        method.generator_step()
+    for kind, chosen in seen.items():
+        at_latest = getattr(method, f"{kind}_draw").at_latest
+        assert len(chosen) == 8
+        for start in range(8 - at_latest + 1):
+            assert {k for some in chosen[start : start + at_latest] for k in some} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("per_step", "expected"), [(0, 9), (2, 2), (30, 9)])
+def test_only_those_of_a_step_count_for_recomputing(per_step: int, expected: int) -> None:
+    assert CDFKDMFS.teachers_at_once(CDFKDMFSConfig(teachers_per_step=per_step), 9) == expected
+    config = dataclasses.replace(CDFKDMFSConfig.toy(), epochs=1, iterations=1, student_steps=1, teachers_per_step=per_step)
+    engine = EngineConfig(device="cpu", threads=1, precision="float32", watch_images=0, progress=False)
+    result = distill(trained_ensemble(9, skewed(9)), tiny_student(9), "cdfkd_mfs", config=config, image=DIGITS, engine=engine)
+    assert result.runtime.recompute is (expected >= RECOMPUTE_FROM)
 
 
 def test_the_weights_of_those_drawn_sum_to_one_again() -> None:

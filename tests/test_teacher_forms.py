@@ -108,7 +108,7 @@ class Branching(nn.Module):
         return self.inner(images) if images.mean() < 100 else self.inner(-images)
 
 
-@pytest.mark.parametrize("resident", [0, 1])
+@pytest.mark.parametrize("resident", [0, 2])
 def test_a_network_that_cannot_be_traced_is_computed_as_it_is_and_said_once(resident: int, images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     teachers = TeacherEnsemble([Branching()], image=IMAGE)
     expected = teachers(images)
@@ -142,8 +142,8 @@ def test_no_more_than_the_resident_teachers_have_copies(images: Tensor, monkeypa
     teachers = ensemble("small_cnn", "small_cnn", "lenet_bn", "small_cnn")
     expected = teachers.observe(images)
     made: list[nn.Module] = []
-    fold = TeacherForms._folded
-    monkeypatch.setattr(TeacherForms, "_folded", lambda self, net: made.append(net) or fold(self, net))
+    place = TeacherForms._placed
+    monkeypatch.setattr(TeacherForms, "_placed", lambda self, net: made.append(net) or place(self, net))
     with teachers.prepared(FOLDED, resident=2):
         forms = teachers._forms
         for _ in range(2):
@@ -156,6 +156,16 @@ def test_no_more_than_the_resident_teachers_have_copies(images: Tensor, monkeypa
         assert len(made) == 8  # these two still were
         assert torch.allclose(teachers.observe(images).bn[1], expected.bn[1], rtol=1e-4)  # type: ignore[arg-type]
         assert len(forms._kept) == 2
+
+
+def test_copies_are_folded_only_where_they_stay(images: Tensor) -> None:
+    """Folding a copy takes as long as ten forward passes, and one with BatchNorm serves those who look at it too."""
+    teachers = ensemble("small_cnn", "small_cnn")
+    for resident, left in ((0, 0), (4, 0), (3, norms(teachers.nets[0])), (2, norms(teachers.nets[0]))):
+        with teachers.prepared(FOLDED, resident):
+            teachers(images), teachers.observe(images)
+            assert norms(teachers._forms.get(teachers.nets[0], observed=False).net) == left
+            assert len(teachers._forms._kept) == (2 if resident in (0, 2, 3) else 4)
 
 
 def test_recomputed_teachers_give_the_same_gradients_and_keep_no_activations(images: Tensor) -> None:

@@ -21,7 +21,7 @@ Deviations, all switchable:
 - ``feature_weight`` counts only teachers whose feature width is the student's (the paper sets it to 0 otherwise).
 - ``teachers_per_step`` of the N teachers take part in a step, and the sums run over them: for many clients.
 - ``student_optimizer="adam"``, ``schedule="one_cycle"`` and ``batches`` (images that are reused, replayed, or from an averaged
-  generator): recipes for short budgets, compared in simulations/README.md.
+  generator): recipes for short budgets, compared in simulations/README.md (reused and replayed images in simulations/LOG.md).
 - Teacher weight gradients are never computed; BatchNorm statistics only in generator steps. Same mathematics.
 
 A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
@@ -170,10 +170,16 @@ class CDFKDMFS(Distiller):
             raise ArchitectureError(f"a student with {student.heads} headers for {len(teachers)} teachers; cdfkd_mfs needs one header per teacher")
         self.fused = config.mode == "fused" or (config.mode == "auto" and not teachers.is_uniform)
         self.generator = runtime.place(build_generator(image, config.generator))
-        self.teacher_draw = TeacherDraw(teachers.weights, config.teachers_per_step or len(teachers))
+        at_once = self.teachers_at_once(config, len(teachers))
+        self.student_draw, self.generator_draw = TeacherDraw(teachers.weights, at_once), TeacherDraw(teachers.weights, at_once)
         self.batches = SyntheticBatches(self.generator, config.batches, config.batch_size, image, runtime)
         self.student_optimizer = _student_optimizer(config, student)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
+
+    @classmethod
+    def teachers_at_once(cls, config: CDFKDMFSConfig, teachers: int) -> int:
+        """Those that are drawn for a step."""
+        return min(config.teachers_per_step or teachers, teachers)
 
     def start_generator(self, state: Mapping[str, Tensor]) -> None:
         """Fill the generator, and its average where batches have one."""
@@ -216,15 +222,15 @@ class CDFKDMFS(Distiller):
         z = self.runtime.normal(self.config.batch_size, self.config.generator.latent_dim, rng=self.rng)
         return self.runtime.images(self.generator(z))
 
-    def _participants(self) -> tuple[TeacherEnsemble, MultiHeaderStudent]:
-        """The teachers of a step, and the student with their headers."""
-        chosen = self.teacher_draw.next(self.rng)
+    def _participants(self, draw: TeacherDraw) -> tuple[TeacherEnsemble, MultiHeaderStudent]:
+        """The teachers of a step, and the student with their headers. Student and generator have turns of their own, so that none is left out of either."""
+        chosen = draw.next(self.rng)
         return self.teachers.drawn(chosen), self.student.only(chosen)
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
         """New images for the student, with those who take part and what the teachers say."""
-        ensemble, headers = self._participants()
+        ensemble, headers = self._participants(self.student_draw)
         with self.runtime.autocast():
             images = self.batches.next(self.rng)
             return Batch(images, ensemble.observe(images, bn=False), ensemble.weights, headers)
@@ -242,7 +248,7 @@ class CDFKDMFS(Distiller):
 
     def generator_step(self) -> LossTerms:
         """One step of the generator; gives the terms of L_G."""
-        ensemble, headers = self._participants()
+        ensemble, headers = self._participants(self.generator_draw)
         with self.runtime.autocast():
             images = self._draw()
             teachers = ensemble.observe(images, bn=self.config.bn_weight > 0)
