@@ -27,6 +27,14 @@ def speed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return speed
 
 
+@pytest.mark.parametrize(
+    ("cpu", "name"), [("Intel(R) Xeon(R) Processor", "Intel-Xeon-Processor-2-threads"), ("AMD EPYC", "AMD-EPYC-2-threads"), ("x / y", "x-y-2-threads")]
+)
+def test_results_of_two_processors_never_share_a_file(cpu: str, name: str, speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "hardware", lambda: {"cpu": cpu})
+    assert speed.machine_name(speed.Runtime(device="cpu", threads=2)) == name
+
+
 def test_work_is_counted(speed: ModuleType) -> None:
     left, right = torch.ones(10, 20), torch.ones(20, 30)
     counted = speed.count_work(lambda: [left @ right for _ in range(100_000 // 10)])
@@ -122,7 +130,7 @@ def test_other_tables_come_from_their_results(repository: Path, tmp_path: Path, 
     (tmp_path / "speed" / "box-many-teachers.json").write_text(json.dumps({**common, "rows": [many]}))
     (tmp_path / "calibration").mkdir()
     (tmp_path / "calibration" / "fast-distillation.csv").write_text(
-        "candidate,student_merged,commit\nslow,0.70,0123456789abc\nquick,0.75,0123456789abc\nslow,0.72,0123456789abc\n"
+        "candidate,student_merged,commit_of_run\nslow,0.70,0123456789abc\nquick,0.75,0123456789abc\nslow,0.72,0123456789abc\n"
     )
     kinds = {"time to accuracy": "box", "many teachers": "box", "recipes": "fast"}
     found = speed_table.with_tables("".join(f"<!-- {kind}: {name} -->\n<!-- end of {kind} -->\n" for kind, name in kinds.items()), tmp_path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -85,9 +86,10 @@ def main() -> None:
 
 
 def machine_name(runtime: Runtime) -> str:
-    """A word for the device: ``NVIDIA-H100``, ``cpu-2-threads``."""
+    """A word for the device: ``NVIDIA-H100``, ``AMD-EPYC-2-threads``. Results of two kinds of processor never share a file."""
     on_cuda = runtime.device.startswith("cuda")
-    return (torch.cuda.get_device_name(0) if on_cuda else f"cpu-{runtime.threads}-threads").replace(" ", "-")
+    name = torch.cuda.get_device_name(0) if on_cuda else f"{hardware()['cpu']} {runtime.threads} threads"
+    return "-".join(re.findall(r"[\w.]+", name.replace("(R)", "").replace("(TM)", "")))
 
 
 def measured(case: Case, runtime: Runtime, repeats: int, peak: float) -> dict[str, Any]:

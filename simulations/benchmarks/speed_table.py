@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cdfkd_strategy.provenance import short_commit
+
 SIMULATIONS = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- (?P<kind>[\w ]+): (?P<name>[\w.-]+) -->\n).*?(<!-- end of (?P=kind) -->)", re.DOTALL)
 
@@ -105,7 +107,8 @@ def recipes(rows: Sequence[Mapping[str, str]]) -> str:
     found = {name: [100 * float(row["student_merged"]) for row in own] for name, own in candidates.items()}
     ordered = sorted(found, key=lambda name: -mean(found[name]))
     table = markdown(["recipe", "federations", "accuracy"], [[name, str(len(found[name])), spread(found[name])] for name in ordered])
-    note = f"Merged student on held-out training images, %, last iteration. Commit {rows[0]['commit'][:10]}."
+    commits = ", ".join(dict.fromkeys(short_commit(row["commit_of_run"]) for row in rows))
+    note = f"Merged student on held-out training images, %, last iteration. Commit {commits}."
     return "\n".join([*table, "", note, ""])
 
 
