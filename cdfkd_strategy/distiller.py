@@ -51,6 +51,8 @@ class Distiller(ABC):
     """In a few words: where its formulas come from, and what they were checked against. Empty is what the docstring says of *reconstruction*."""
     Config: ClassVar[type]
     needs: ClassVar[Needs] = Needs()
+    uses: ClassVar[Needs] = Needs()
+    """What it looks at where it is there, and can do without: for the list of what clients disclose; nothing is checked."""
     splits_batches: ClassVar[bool] = False
     """May several processes compute it, each with its rows of every batch? It may if z comes from `Runtime.normal` and every loss
     is a mean over the batch, or asks `parallel` for the whole batch; a test compares it with one process."""

@@ -42,6 +42,8 @@ KEPT_IMAGES = 64
 """Synthetic images that a run directory keeps to look at: a square grid."""
 SAMPLED_AT_ONCE = 256
 """Images of a transfer set that a generator makes at a time: always as many, since its BatchNorm layers take the statistics of a batch."""
+CLIPPED_IS_SAID = 0.01
+"""A transfer set that more than this share of values had to be clipped for comes with a warning."""
 
 
 class DistillResult(NamedTuple):
@@ -197,11 +199,17 @@ def _keep_transfer_set(directory: Path, run: _Run, count: int) -> None:
     else:
         with distiller.runtime.scope():
             parts = [distiller.sample(SAMPLED_AT_ONCE, rng) for _ in range(0, count, SAMPLED_AT_ONCE)]
-        made = [distiller.image.to_pixels(part).mul(255).round().to(torch.uint8).cpu() for part in parts if part is not None]
+        made = [part for part in parts if part is not None]
         if not made:
             logger.warning("method %r has made no images, so that there is no transfer set to keep", distiller.name)
             return
-        pixels = torch.cat(made)[:count]
+        pixels = torch.cat([distiller.image.to_pixels(part).mul(255).round().to(torch.uint8).cpu() for part in made])[:count]
+        clipped = sum(map(distiller.image.share_outside, made)) / len(made)
+        if clipped > CLIPPED_IS_SAID:
+            logger.warning(
+                "%.0f %% of the values in the transfer set were no pixels and were clipped to black or white: these are not the images that the student "
+                "learned from (a generator with output=sigmoid makes pixels)", 100 * clipped
+            )  # fmt: skip
     origin = Origin(distiller.image, distiller.name, run.seed, tuple(run.identity["teachers"]))
     save_transfer_set(directory / FILE_NAME, TransferSet(pixels, origin))
     logger.info("transfer set: %d images in %s", len(pixels), directory / FILE_NAME)

@@ -79,7 +79,15 @@ class ImageSpec:
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`, clamped to [0, 1]."""
-        return (images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)).clamp(0, 1)
+        return self._unclamped(images).clamp(0, 1)
+
+    def share_outside(self, images: Tensor) -> float:
+        """The share of values that `to_pixels` changes: below black or above white, by more than half of what 8 bits tell apart."""
+        pixels = self._unclamped(images)
+        return float((pixels - pixels.clamp(0, 1)).abs().gt(0.5 / 255).double().mean())
+
+    def _unclamped(self, images: Tensor) -> Tensor:
+        return images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
 
 
 class StudentOutputs(NamedTuple):

@@ -17,7 +17,7 @@ import yaml
 
 from cdfkd_strategy import cli, load_student
 from cdfkd_strategy.cli import running
-from cdfkd_strategy.cli.showing import status, students
+from cdfkd_strategy.cli.showing import needs, status, students
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.datasets import DataConfig, load_data
 from cdfkd_strategy.directory_lock import held, hold
@@ -91,6 +91,9 @@ def test_methods_lists_all_with_paper_and_disclosure(capsys: pytest.CaptureFixtu
     assert "https://arxiv.org/abs/2205.11845" in outcome.out
     assert "built in" in outcome.out
     assert "single, multi" in outcome.out
+    assert needs(METHODS["cdfkd_mfs"]) == "the networks; uses, where they are: BatchNorm running statistics"
+    assert needs(METHODS["deep_inversion"]) == "BatchNorm running statistics"
+    assert needs(METHODS["rdskd"]) == "the networks"
 
 
 def test_a_method_that_says_nothing_about_itself_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from cdfkd_strategy.engine import DistillResult, distill
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ArchitectureError, CheckpointError, ConfigError, NeedsError
 from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.generators import GeneratorConfig
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
@@ -255,6 +256,14 @@ def test_documents_itself(cls: type[Distiller]) -> None:
     assert CLASSES[cls.name] is cls, "`name` is the registered name"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_it_says_of_batch_norm_is_what_the_list_of_disclosures_says(name: str) -> None:
+    cls = get_method(name)
+    said = "including BatchNorm running statistics" in (inspect.getdoc(inspect.getmodule(cls)) or "")
+    assert said is (cls.needs.batch_norm or cls.uses.batch_norm)
+    assert not (set(cls.needs.disclosed()) & set(cls.uses.disclosed()))
+
+
 @every_method
 def test_config_is_a_frozen_dataclass_of_plain_values(cls: type[Distiller]) -> None:
     for config in (cls.Config(), cls.Config.toy()):
@@ -327,6 +336,22 @@ def test_teachers_stay_frozen_when_something_else_sets_train_mode(cls: type[Dist
     with distiller.runtime.scope():
         distiller.run_epoch(0)
     assert state_hash(distiller.teachers.state_dict()) == before
+
+
+@every_method
+def test_teachers_of_several_architectures(cls: type[Distiller]) -> None:
+    def teachers() -> TeacherEnsemble:
+        with seeding.seeded_scope("mixed"):
+            return TeacherEnsemble([build_classifier(arch, DIGITS) for arch in ("lenet_bn", "small_cnn")], image=DIGITS)
+
+    for heads in (1, 2):
+        if cls.students and ("single" if heads == 1 else "multi") not in cls.students:
+            continue
+        student = tiny_student(heads)
+        before = {name: value.clone() for name, value in student.state_dict().items()}
+        result = run(cls, teachers(), student)
+        assert all(math.isfinite(value) for row in result.history for value in row.values())
+        assert any(not torch.equal(value, before[name]) for name, value in result.student.state_dict().items())
 
 
 @every_method

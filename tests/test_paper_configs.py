@@ -29,8 +29,6 @@ from cdfkd_strategy.types import ImageSpec
 
 PAPER = Path(__file__).resolve().parents[1] / "simulations" / "configs" / "paper"
 FILES = sorted(PAPER.rglob("*.yaml"))
-LARGE = ("resnet18", "resnet34", "alexnet")
-"""Names in a file's name for which even two images take seconds on a core."""
 
 ONCE = {"epochs": 1, "iterations": 1, "rounds": 1, "image_steps": 1, "generator_epochs": 1, "student_epochs": 1, "student_steps": 1, "steps": 1}
 ONCE |= {"inversion_steps": 1, "inner_steps": 1, "warm_up": 0, "pre_rounds": 0}
@@ -164,11 +162,8 @@ def one_iteration(path: Path, batch: int | None, device: str) -> None:
     assert any(not torch.equal(value.cpu(), before[key]) for key, value in student.state_dict().items())
 
 
-SMALL = [path for path in FILES if not any(word in path.stem for word in LARGE)]
-
-
-@pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
-def test_one_iteration_of_the_small_ones_at_a_batch_of_two(path: Path) -> None:
+@every_file
+def test_one_iteration_at_a_batch_of_two(path: Path) -> None:
     one_iteration(path, 2, "cpu")
 
 

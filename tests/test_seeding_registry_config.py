@@ -321,3 +321,9 @@ def test_needs_disclose_in_field_order() -> None:
 def test_an_override_that_is_not_yaml_is_a_clear_error(item: str) -> None:
     with pytest.raises(ConfigError, match="is not YAML"):
         override({}, [item])
+
+
+def test_the_share_that_is_no_pixel() -> None:
+    image = ImageSpec(1, 4, 4, 10, mean=(0.5,), std=(0.25,))
+    images = torch.tensor([-2.0, -2.001, -2.1, 0.0, 1.9, 2.0, 2.1, 9.0])
+    assert image.share_outside(images.view(1, 1, 2, 4)) == 3 / 8  # -2.001 is black, as far as eight bits go

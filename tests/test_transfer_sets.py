@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def test_a_generator_gives_as_many_as_asked_a_part_at_a_time(tmp_path: Path, mon
     assert len(pixels) == 600
     assert len(torch.unique(pixels, dim=0)) > 590
     assert torch.equal(pixels, kept("rdskd", 600, tmp_path / "again", watch_images=0))
+
+
+@pytest.mark.parametrize(("output", "clipped"), [("tanh", True), ("sigmoid", False)])
+def test_what_is_clipped_is_said(output: Any, clipped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toy = METHODS["dfad"].Config.toy()
+    config = dataclasses.replace(toy, generator=dataclasses.replace(toy.generator, output=output))
+    engine = EngineConfig(device="cpu", transfer_images=20, watch_images=0)
+    distill(trained_ensemble(1), tiny_student(1), "dfad", config=config, out=tmp_path, engine=engine)
+    assert ("were no pixels and were clipped" in caplog.text) is clipped
 
 
 def test_a_method_without_images_keeps_none_and_says_so(teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

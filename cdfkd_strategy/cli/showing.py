@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def methods(args: argparse.Namespace) -> None:  # noqa: ARG001 - one signature for all commands
     """A table of the registered methods, and what a client of this package tells a server that runs them."""
-    from cdfkd_strategy.flower.disclosure import OPTED_IN, disclosed, needed
+    from cdfkd_strategy.flower.disclosure import OPTED_IN, disclosed
 
     table = Table()
     for column in ("name", "method", "paper", "the method needs", "student", "status", "from"):
@@ -37,11 +37,19 @@ def methods(args: argparse.Namespace) -> None:  # noqa: ARG001 - one signature f
     for name in METHODS:
         cls = METHODS[name]
         title, paper = describe(cls)
-        table.add_row(name, title, paper, ", ".join(needed(cls.needs)) or "the networks", students(cls), status(cls), origin(cls))
+        table.add_row(name, title, paper, needs(cls), students(cls), status(cls), origin(cls))
     show(table)
     print("student: single, one header for all teachers; multi, one header per teacher")
     print(f"a client discloses, whatever the method: {'; '.join(disclosed(label_counts=False))}")
     print(f"{', '.join(OPTED_IN.values())}: only where server.weights=label_counts asks for them and the client consents")
+
+
+def needs(cls: type[Distiller]) -> str:
+    """What a method cannot do without, and what it looks at where it is there."""
+    from cdfkd_strategy.flower.disclosure import needed
+
+    optional = f"; uses, where they are: {', '.join(needed(cls.uses))}" if needed(cls.uses) else ""
+    return (", ".join(needed(cls.needs)) or "the networks") + optional
 
 
 def students(cls: type[Distiller]) -> str:

@@ -38,6 +38,7 @@ activation and BatchNorm terms are means over the teachers that have features or
 teachers whose stages torch.fx can find, with stages of other resolutions pooled; pbar and the mask belong to the fused
 ensemble. Header k imitates teacher k, and a student with one header the fused ensemble; its CE is that of the fused headers.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
 """
 
@@ -151,7 +152,7 @@ class CGDD(Distiller):
     students = ("single", "multi")
     status = "every loss tested; reconstruction"
     Config = CGDDConfig
-    needs = Needs()
+    uses = Needs(batch_norm=True)
     config: CGDDConfig
     generator: nn.Module
 

@@ -18,8 +18,9 @@ a quarter of it, both mirrored or not.
 The first ``pre_rounds`` rounds only make images, without the adversarial term: the authors' pre-inverted data, for their
 50,000 images.
 
-The formulas are those of the authors' code, the weights those of its adversarial CIFAR-10 script. *Reconstruction*: the
-temperature of the student (what both projects of the authors use elsewhere); ``pre_rounds`` in place of a file of images.
+The formulas are those of the authors' code, the weights those of its adversarial CIFAR-10 script, the student's steps of its
+rate those of the first versions (later ones have a cosine), its temperature that of the present script. *Reconstruction*:
+``pre_rounds`` in place of a file of images.
 
 Deviations:
 
@@ -33,6 +34,7 @@ Deviations:
 - ``augment="auto"`` mirrors colour images only. The pool keeps 8-bit pixels; it and the bank are bounded.
 - The authors' bank is empty for one round at the moment when it is exactly full; this one is not.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
 """
 

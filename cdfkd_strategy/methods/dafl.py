@@ -12,8 +12,8 @@ The gradient of L_S ends at x: nothing pulls the generator to what the student g
 10 twice, the generator's stays.
 
 ``mode="code"``, the default, takes log10 in the entropy, as the authors' code does, because the published weights belong to
-it; ``mode="paper"`` takes the natural logarithm: the same as ``entropy_weight`` times 2.303. Whether the paper's text
-normalises its terms otherwise could not be checked; the formulas are those of the code.
+it; ``mode="paper"`` takes the natural logarithm: the same as ``entropy_weight`` times 2.303. That the paper's text says so is
+a *reconstruction*; whether it normalises its terms otherwise could not be checked; the formulas are those of the code.
 
 Deviations:
 

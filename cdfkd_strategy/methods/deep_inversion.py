@@ -40,6 +40,7 @@ Deviations:
   single header and the fused ensemble); the authors' code has another quantity there (`losses.competition`).
 - Not here: the two-resolution schedule for 128 px and more.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
 """
 

@@ -23,6 +23,7 @@ Deviations:
   hard-wired in it, a bug for any other number.
 - ``schedule="cosine"`` instead of the authors' steps, for short budgets.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
 """
 
@@ -106,7 +107,7 @@ class DFED(Distiller):
     students = ("single", "multi")
     status = "every loss tested; formulas of the code of CDFKD-MFS"
     Config = DFEDConfig
-    needs = Needs()
+    uses = Needs(batch_norm=True)
     config: DFEDConfig
     generator: nn.Module
 

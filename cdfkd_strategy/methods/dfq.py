@@ -15,7 +15,8 @@ The gradient of L_G passes through both networks. Both rates are annealed along 
 differ in R_BN and in the unit of the entropies; the default is code, with which students learn more (study mnist_tuning: `dfq-code` and `dfq-longer`):
 
 - paper: R_BN sums, over layers and channels, the KL divergence of the batch's Gaussian from the remembered one; entropies in nats.
-  This is a *reconstruction*: neither the sum over channels (for a mean) nor the direction could be checked against the text. With
+  This is a *reconstruction*: neither the sum over channels (for a mean) nor the direction could be checked against the text, and
+  neither has a setting. With
   that sum, alpha should fall as networks get wider.
 - code: R_BN is DeepInversion's sum of L2 norms, the first layer weighted five times; entropies are taken with log10.
 
@@ -33,6 +34,7 @@ Deviations:
 - Several teachers (the paper has one): header k imitates teacher k, and a student with one header imitates the ensemble fused with
   the class weights, in both losses. R_BN and the entropies are means over the teachers and do not use the weights.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
 """
 

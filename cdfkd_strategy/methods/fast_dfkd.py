@@ -17,7 +17,7 @@ has the teachers' statistics: it compares an average over rounds, in which the p
 G's first layer is drawn anew.
 
 The formulas and defaults are those of the authors' code (CIFAR, ResNet-34 to ResNet-18); whether the paper's text
-differs could not be checked.
+differs could not be checked. Epochs are counted from 0 here: the adversarial term and the new first layer come one epoch later than theirs.
 
 Known bugs of that code which are not here:
 
@@ -34,6 +34,7 @@ Deviations:
 - The generator is this project's (that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised.
   The pool keeps 8-bit pixels.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
 """
 

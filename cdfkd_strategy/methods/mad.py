@@ -10,14 +10,15 @@ learned from earlier ones. A second generator Gm follows G as an exponential mov
     after every generator step:  Gm <- alpha Gm + (1 - alpha) G,   alpha = 0.95
 
 The idea, alpha and the two terms of L_S are the paper's. The rest of it is a *reconstruction*, because the paper's body
-could not be read and its authors published no code; every choice has a setting, which is its ablation:
+could not be read and its authors published no code; where a choice has a setting, that is its ablation:
 
 - L_G and temperature: the paper's baseline without Gm is adversarial belief matching, hence the divergence at
   ``temperature`` 1. R_BN holds G to images that the teachers know, with the weight of CDFKD-MFS (``bn_weight``; 0 is
   without).
 - lambda is 1 (``ema_weight``; 0 is the baseline, and then Gm is not sampled).
 - The average covers G's parameters and its BatchNorm buffers. Gm is sampled in train mode like G, from the statistics
-  of its own batch, so that the images of both are standardised alike. x and xm pass the student as one batch of 2 B.
+  of its own batch, so that the images of both are standardised alike. x and xm pass the student as one batch of 2 B. None
+  of this has a setting, nor has KL as the divergence.
 - Steps, batch size, rates and their schedule are those of the adversarial method of CDFKD-MFS's authors.
 
 Not here: the class-conditional generator for data sets with many classes.
@@ -26,6 +27,7 @@ Several teachers (the paper has one): header k imitates teacher k, and a student
 fused with the teachers' class weights; the divergence is the mean over the headers, in L_G with the opposite sign. R_BN
 is the mean over the teachers that have BatchNorm. One teacher is the paper's case.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics (unless ``bn_weight`` is 0).
 """
 
@@ -122,7 +124,7 @@ class MAD(Distiller):
     students = ("single", "multi")
     status = "every loss tested; reconstruction in part"
     Config = MADConfig
-    needs = Needs()
+    uses = Needs(batch_norm=True)
     config: MADConfig
     generator: nn.Module
 

@@ -5,7 +5,8 @@ Reported as such beside DAFL (https://arxiv.org/abs/1904.01186) and DFAD (https:
     L_S = T^2 KL( softmax(T(x) / T) || softmax(S(x) / T) ),  x ~ N(0, I)  (SGD)
 
 Noise is normalised as the networks see it, and new in every step: no image comes twice, the most that noise can do. A fixed transfer
-set of noise, as in those papers, is `cdfkd distill --method noise --save-transfer-set N` and then ``--transfer-set``. Schedule and rates are those of `kd`,
+set of noise, as in those papers, is `cdfkd distill --method noise --save-transfer-set N` and then ``--transfer-set``; its pixels are clipped to [0, 1], which
+changes a third of them where images are as dark as MNIST's. Schedule and rates are those of `kd`,
 the upper bound. Header k imitates teacher k; a student with one header imitates the ensemble fused with the class weights.
 
 A client must disclose its weights.

@@ -36,6 +36,7 @@ is left in it; labels of exchanged features are halved as integers (nothing uses
 Deviations: the pool is bounded (the authors' grows to 22 GB for CIFAR, with 0.4 MB per image). The generator is this project's
 (that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised. ``augment="auto"`` mirrors colour images only.
 
+R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
 """
 
