@@ -15,7 +15,7 @@ from torch import Tensor
 from cdfkd_strategy import parallel, seeding
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
 from cdfkd_strategy.config import to_dict
-from cdfkd_strategy.data.client_share import all_training_rows, train_label_counts
+from cdfkd_strategy.data.client_share import all_training_rows, client_share, train_label_counts
 from cdfkd_strategy.data.datasets import ImageData, load_data
 from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.data.transfer_set import load_transfer_set
@@ -23,7 +23,9 @@ from cdfkd_strategy.engine import DistillResult, distill, saved_runtime
 from cdfkd_strategy.errors import CDFKDError, ConfigError
 from cdfkd_strategy.harness import Examination, Harness, count_weights
 from cdfkd_strategy.local_training import train_all
+from cdfkd_strategy.local_training.attention import fit_attention, mean_attention
 from cdfkd_strategy.methods import METHODS, get_method
+from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.plain_student import Student
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import RunConfig, from_values
@@ -233,12 +235,25 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distill
         return None
     distilled = time.perf_counter()
     save_student(out, student, weights)
-    examination = harness.examine(ensemble, student, weights=weights)
+    examination = harness.examine(ensemble, student, weights=weights, attention=head_attention(work, student))
     before = sum(row["seconds"] for row in result.history)  # epochs before a restart included
     seconds = {"distill": max(distilled - started, before), "evaluate": time.perf_counter() - distilled}
     summary.round(1, examination.accuracy, seconds=seconds, peak_memory_mb=peak_memory_mb(result.runtime.device), runtime=result.runtime.to_dict())
     summary.finish(result.stopped_by)
     return Distilled(result, ensemble, examination)
+
+
+def head_attention(work: Plan, student: Student) -> HeadAttention | None:
+    """Attention over the headers, as the clients of a federation fit it after the round; None for one header, or without the clients' images."""
+    config = work.config
+    if work.data is None or student.heads == 1 or config.data.partition.name == OWN:
+        return None
+    fits = []
+    for k in range(config.clients.count):
+        share = client_share(work.data, config.data, config.clients.count, k, config.seed)
+        asked = {"samples": config.clients.attention_samples, "seed": config.seed, "partition_id": k}
+        fits.append(fit_attention(student, share, image=work.data.image, round=1, **asked))
+    return mean_attention([fit for fit in fits if fit is not None], work.data.image.num_classes)
 
 
 def header_weights(student: Student, teachers: TeacherEnsemble) -> torch.Tensor:

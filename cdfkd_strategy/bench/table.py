@@ -23,10 +23,11 @@ TABLE, MARKDOWN, PICTURE = "table.csv", "table.md", "accuracy_seconds.png"
 COLUMNS = (
     "cell", "method", "seed", "teacher", "ensemble_uniform", "ensemble_oracle", "accuracy_last", "accuracy_best", "agreement", "seconds",
     "student_steps", "generator_steps", "peak_memory_mb", "bytes_up", "bytes_down",
-    "ensemble_estimated", "gap", "published_gap", "best_epoch", "class_entropy", "registered_as", "teachers_sha256", "commit", "error",
+    "ensemble_estimated", "gap", "published_gap", "accuracy_attention", "best_epoch", "class_entropy", "registered_as", "teachers_sha256", "commit", "error",
 )  # fmt: skip
 """Of the CSV. ``method`` is the row's name, ``teacher`` the mean of the teachers, ``gap`` what ``accuracy_last`` lacks to ``ensemble_estimated``
-(the ensemble with the weights of the run; of one teacher, the teacher), ``published_gap`` the same in the method's paper; ``accuracy_best`` is
+(the ensemble with the weights of the run; of one teacher, the teacher), ``published_gap`` the same in the method's paper; ``accuracy_attention`` has
+the headers fused by attention that clients fitted on images of theirs; ``accuracy_best`` is
 selected on the test images. Accuracies are fractions. A bench's own columns (``metrics``) follow, under the names of the terms."""
 
 
@@ -108,6 +109,7 @@ def _values(run: Entry) -> dict[str, Any]:
         "seed": summary["seed"],
         "teacher": run.teacher,
         "accuracy_last": accuracy.get("student_merged"),
+        "accuracy_attention": accuracy.get("student_attention"),
         "peak_memory_mb": summary["rounds"][-1]["peak_memory_mb"] if accuracy else None,
         "gap": run.gap,
         "published_gap": run.published_gap,

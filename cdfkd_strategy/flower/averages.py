@@ -1,16 +1,11 @@
-"""What the strategy averages over clients: reported metrics, and the parameters of attention over headers."""
+"""What the strategy averages over clients: the metrics that they report."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
 
-import torch
 from flwr.app import MetricRecord, RecordDict
-
-from cdfkd_strategy.flower.payload import AttentionFit
-from cdfkd_strategy.models.head_fusion import HeadAttention
 
 logger = logging.getLogger("flwr")
 
@@ -40,31 +35,3 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     lists = {name for content in contents for record in content.metric_records.values() for name, value in record.items() if isinstance(value, list)}
     means = {name: [item / weights[name] for item in values] for name, values in sums.items() if weights.get(name)}
     return MetricRecord({name: values if name in lists else values[0] for name, values in sorted(means.items())})
-
-
-def mean_attention(fits: Sequence[AttentionFit], num_classes: int) -> HeadAttention | None:
-    """The average of the clients' attention parameters, weighted by their samples; None if nobody sent any."""
-    total = sum(fit.num_examples for fit in fits)
-    if not total:
-        return None
-    weight = torch.zeros(num_classes, dtype=torch.float64)
-    bias = 0.0
-    for fit in fits:
-        weight += torch.tensor(fit.weight, dtype=torch.float64) * (fit.num_examples / total)
-        bias += fit.bias * (fit.num_examples / total)
-    return attention_from({"weight": weight.tolist(), "bias": bias})
-
-
-def attention_from(parameters: Mapping[str, object]) -> HeadAttention:
-    """The module with these ``weight`` (C numbers) and ``bias``."""
-    weight = torch.tensor(parameters["weight"], dtype=torch.float64)
-    attention = HeadAttention(len(weight))
-    with torch.no_grad():
-        attention.score.weight.copy_(weight[None])
-        attention.score.bias.fill_(float(parameters["bias"]))  # type: ignore[arg-type]
-    return attention.requires_grad_(False).eval()
-
-
-def attention_parameters(attention: HeadAttention) -> dict[str, object]:
-    """The inverse of `attention_from`: plain values."""
-    return {"weight": attention.score.weight.detach().double().flatten().tolist(), "bias": float(attention.score.bias.detach())}

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.competence import LABEL_COUNTS
-from cdfkd_strategy.data.client_share import ClientShare
 from cdfkd_strategy.data.datasets import DataConfig
 from cdfkd_strategy.errors import ConfigError, UploadError
 from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.arrays import from_record, to_record
-from cdfkd_strategy.flower.payload import AttentionFit, Broadcast, Identity
+from cdfkd_strategy.flower.payload import Broadcast, Identity
 from cdfkd_strategy.flower.place import Place, place_of
 from cdfkd_strategy.local_training import initial_model, train_teacher
+from cdfkd_strategy.local_training.attention import fit_attention
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
-from cdfkd_strategy.models.head_fusion import FusedStudent, class_weights, fit_head_attention, fuse, weighted
+from cdfkd_strategy.models.head_fusion import FusedStudent, class_weights, fuse, weighted
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.run_config import RunConfig
 
@@ -84,7 +84,10 @@ def evaluate(message: Message, context: Context, config: RunConfig | None, own: 
                 teacher = initial_model(place.arch, image, place.config.seed)
                 _fill(teacher, last, "own last teacher")
                 metrics[payload.TEACHER_ACCURACY] = accuracy(predict(teacher.to(device).eval(), share.x_test, image, device=device), share.y_test)
-        attention = _fit_attention(place, student, share, payload.server_round(settings), device)
+        attention = None
+        if student.heads > 1:
+            asked = {"samples": place.config.clients.attention_samples, "seed": place.config.seed, "partition_id": place.partition_id}
+            attention = fit_attention(student, share, image=image, round=payload.server_round(settings), **asked)
     return Message(payload.evaluate_reply(metrics, len(share.x_test), attention), reply_to=message)
 
 
@@ -130,16 +133,3 @@ def _student_of(content: RecordDict, settings: ConfigRecord, device: str) -> Fus
     if broadcast is None:
         return None
     return FusedStudent(*_build(broadcast, payload.arrays_of(content, payload.STUDENT))).to(device)
-
-
-def _fit_attention(place: Place, student: MultiHeaderStudent, share: ClientShare, server_round: int, device: str) -> AttentionFit | None:
-    """Fit the shared Linear(C, 1) on up to ``attention_samples`` own training samples; None with one head or no samples."""
-    parts = ("attention", place.config.seed, place.partition_id, server_round)
-    chosen = seeding.numpy_rng(*parts).permutation(len(share.x_train))[: place.config.clients.attention_samples]
-    if student.heads == 1 or not len(chosen):
-        return None
-    rows = torch.from_numpy(chosen)
-    images = place.data.image.normalise(share.x_train[rows].to(device).float() / 255)
-    fitted = fit_head_attention(student, images, share.y_train[rows].to(device), rng=seeding.generator(*parts))
-    weight = tuple(fitted.score.weight.double().flatten().tolist())
-    return AttentionFit(weight, float(fitted.score.bias), len(chosen))

@@ -14,11 +14,12 @@ from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.exchange import Exchange, last_line, message_to, wait_for_nodes
 from cdfkd_strategy.flower.options import Options
-from cdfkd_strategy.flower.payload import AttentionFit, Identity
+from cdfkd_strategy.flower.payload import Identity
 from cdfkd_strategy.flower.roster import Client, Roster
 from cdfkd_strategy.flower.run_state import RoundRecord
 from cdfkd_strategy.flower.slots import client_order
 from cdfkd_strategy.flower.uploads import Upload
+from cdfkd_strategy.local_training.attention import AttentionFit
 from cdfkd_strategy.teachers import state_hash
 
 logger = logging.getLogger("flwr")

@@ -23,6 +23,7 @@ from torch import Tensor
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CDFKDError, ConfigError, UploadError
 from cdfkd_strategy.flower.arrays import from_record
+from cdfkd_strategy.local_training.attention import AttentionFit
 from cdfkd_strategy.models.multi_header import StudentSpec
 
 ARRAYS, STUDENT, CONFIG, METRICS, TEACHER, ATTENTION = "arrays", "student", "config", "metrics", "teacher", "attention"
@@ -82,15 +83,6 @@ class TeacherReply:
     label_counts: tuple[int, ...] | None
     metrics: MetricRecord
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class AttentionFit:
-    """The parameters of attention over headers that one client fitted: ``weight`` has C numbers."""
-
-    weight: tuple[float, ...]
-    bias: float
-    num_examples: int
 
 
 # -- at the server -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from cdfkd_strategy.errors import CheckpointError, TooFewTeachersError, UploadEr
 from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.arrays import to_record
-from cdfkd_strategy.flower.averages import attention_from, attention_parameters, mean_attention
 from cdfkd_strategy.flower.clients import Clients
 from cdfkd_strategy.flower.distillation import Distilled, by_slot, distil_round, ensemble, may_go_on, read_back, restore, teacher_weights
 from cdfkd_strategy.flower.exchange import message_to, wait_for_nodes
@@ -25,6 +24,7 @@ from cdfkd_strategy.flower.roster import Client, sample
 from cdfkd_strategy.flower.run_state import Phase, RunDirectory, RunState
 from cdfkd_strategy.flower.slots import assign_slots, client_order, live_clients
 from cdfkd_strategy.flower.uploads import Uploads
+from cdfkd_strategy.local_training.attention import attention_from, attention_parameters, mean_attention
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime

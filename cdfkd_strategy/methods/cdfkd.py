@@ -14,7 +14,8 @@ steps, then L_G = -L_S + 0.1 R_BN with the teachers' logits detached); that one 
 
 *Attention over heads*, when a few labelled images are at hand, is fitted after the distillation and is no part of it:
 `models.head_fusion.fit_head_attention(student, images, labels, rng=...)`, then `FusedStudent(student, attention=...)`. In a
-federation the clients fit it on their own samples (``clients.attention_samples``) and the strategy averages the parameters.
+federation the clients fit it on their own samples (``clients.attention_samples``) and the strategy averages the parameters;
+`cdfkd distill` and `cdfkd bench` do the same with the clients' images (``student_attention`` in the summary).
 The authors take 600 images and 100 epochs (MNIST), or 500 and 30 (CIFAR-10), and keep the epoch that is best on test images;
 here the last one is kept.
 

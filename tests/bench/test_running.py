@@ -271,6 +271,7 @@ def test_the_command_runs_rows_in_processes_of_their_own(done: Path, tmp_path: P
     (row,) = csv.DictReader((result / "table.csv").open(encoding="utf-8"))
     kept = read_summary(result / "two" / "mfs-seed4")
     assert float(row["accuracy_last"]) == pytest.approx(kept["rounds"][0]["accuracy"]["student_merged"], abs=1e-6)
+    assert float(row["accuracy_attention"]) == pytest.approx(kept["rounds"][0]["accuracy"]["student_attention"], abs=1e-6)
     assert 100 < float(row["peak_memory_mb"]) < peak_memory_mb() - 500, "the memory of this process is not in it"
     assert (kept["hardware"]["cores"], kept["config"]["method"]["name"]) == (read_summary(done / "two/mfs-seed4")["hardware"]["cores"], "cdfkd_mfs")
     assert (tmp_path / "out/two/mfs-seed4/student.safetensors").read_bytes() == (done / "two/mfs-seed4/student.safetensors").read_bytes()

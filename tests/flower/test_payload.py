@@ -15,7 +15,8 @@ from torch import nn
 from cdfkd_strategy.errors import ConfigError, UploadError
 from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.arrays import from_record, to_record
-from cdfkd_strategy.flower.payload import AttentionFit, Broadcast, Identity, Keys
+from cdfkd_strategy.flower.payload import Broadcast, Identity, Keys
+from cdfkd_strategy.local_training.attention import AttentionFit
 from cdfkd_strategy.models.multi_header import StudentSpec
 from cdfkd_strategy.types import ImageSpec
 

@@ -8,10 +8,11 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from cdfkd_strategy.errors import UploadError
-from cdfkd_strategy.flower.averages import attention_from, attention_parameters, mean_attention, mean_metrics
-from cdfkd_strategy.flower.payload import AttentionFit, Identity
+from cdfkd_strategy.flower.averages import mean_metrics
+from cdfkd_strategy.flower.payload import Identity
 from cdfkd_strategy.flower.roster import Client, Roster, sample
 from cdfkd_strategy.flower.slots import assign_slots, client_order, live_clients
+from cdfkd_strategy.local_training.attention import AttentionFit, attention_from, attention_parameters, mean_attention
 
 
 def test_partition_ids_are_ordered_by_number() -> None:
