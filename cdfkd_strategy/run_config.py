@@ -79,6 +79,9 @@ class StudentConfig:
         heads: one header "per_teacher", "one" for all, or "plain": the backbone with its own classifier in place of headers, from random
             weights, as papers with one teacher have it. With Flower always "per_teacher".
         stages: how many of the deepest stages enter the headers, at most. With Flower always the default.
+
+    Raises:
+        ConfigError: a setting of headers for a student without any.
     """
 
     backbone: str = "small_cnn"
@@ -86,6 +89,13 @@ class StudentConfig:
     init: Init = "average"
     heads: Heads = "per_teacher"
     stages: int = MAX_STAGES
+
+    def __post_init__(self) -> None:
+        require(self, "student", "stages", least=1)
+        if self.heads == "plain" and (self.stages, self.max_width) != (MAX_STAGES, "auto"):
+            raise ConfigError(
+                "student.stages and student.max_width are settings of headers, and student.heads=plain has none; leave them out, or choose another"
+            )
 
 
 @dataclass(frozen=True)

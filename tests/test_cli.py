@@ -267,7 +267,9 @@ def test_distill_writes_a_whole_run_directory(distilled: Path) -> None:
     (record,) = summary["rounds"]
     found = record["accuracy"]
     assert len(found["teachers"]) == len(found["student_heads"]) == 2
-    assert all(found[key] is not None for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged", "student_attention"))
+    assert all(
+        found[key] is not None for key in ("ensemble_uniform", "ensemble_estimated", "ensemble_oracle", "student_mean", "student_merged", "student_attention")
+    )
     assert [found[key] for key in ("fedavg", "student_single")] == [None] * 2, "two architectures, one round"
     assert record["seconds"]["clients"] is None
     assert record["bytes"] == {"up": None, "down": None}

@@ -94,7 +94,7 @@ class CMIConfig:
         head_width: numbers that the head gives.
         bank_size: images whose features are kept; beyond, the oldest leave it.
         negatives: images of the bank that take part in a step, at most.
-        augment: what moves the views, see `RandomViews`.
+        augment: what moves the views, see `RandomViews`; "none" leaves the contrastive term nothing to compare.
         padding: pixels by which a global view is shifted at most, either way.
         least_area: share of the image that a local view shows at least.
         pool_size: images in the pool; beyond, the oldest leave it.

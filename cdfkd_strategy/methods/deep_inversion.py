@@ -103,7 +103,7 @@ class DeepInversionConfig:
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10.
         temperature: T of stage (b).
         augment: how images of the pool are moved in every step of the student, see `RandomViews`.
-        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1 shows all of it.
+        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1, or ``augment="none"``, shows all of it.
     """
 
     mode: Literal["code", "paper"] = "code"

@@ -101,7 +101,7 @@ class SoftTargetsConfig:
         student_lr: Adam, default betas.
         student_milestones: epochs of stage (b), from its start, at which the student's rate is divided by 10.
         augment: how images of the pool are moved in every step of the student, see `RandomViews`; "none" does not zoom either.
-        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1 shows all of it.
+        least_area: a view shows a part of its image of at least this share of the area, enlarged to the full size; 1, or ``augment="none"``, shows all of it.
     """
 
     layer: LayerName = "fc2"
