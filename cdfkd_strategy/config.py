@@ -128,7 +128,9 @@ def require(
                 continue
             too_small = (least is not None and number < least) or (above is not None and number <= above)
             too_large = (most is not None and number > most) or (below is not None and number >= below)
-            if too_small or too_large or not math.isfinite(number):
+            if not math.isfinite(number):
+                raise ConfigError(f"{prefix}{name} is {value}; accepted: a finite number, {accepted}")
+            if too_small or too_large:
                 raise ConfigError(f"{prefix}{name} is {value}; accepted: {accepted}")
 
 

@@ -109,8 +109,8 @@ def test_bind_says_where_it_is() -> None:
         ([1, 0.0], {"above": 0, "why": "it divides"}, "part.last is 0.0; accepted: above 0 (it divides)"),
         ([1.5], {"least": 0, "most": 1}, "part.last is 1.5; accepted: at least 0 and at most 1"),
         ([1], {"above": 0, "below": 1}, "part.last is 1; accepted: above 0 and below 1"),
-        ([math.nan], {"least": 0}, "part.last is nan; accepted: at least 0"),
-        ([math.inf], {"least": 0}, "part.last is inf; accepted: at least 0"),
+        ([math.nan], {"least": 0}, "part.last is nan; accepted: a finite number, at least 0"),
+        ([math.inf], {"least": 0}, "part.last is inf; accepted: a finite number, at least 0"),
     ],
 )
 def test_numbers_are_required_to_be_finite_and_within_bounds(values: list[float | None], bounds: dict[str, Any], error: str | None) -> None:
