@@ -54,6 +54,8 @@ def test_the_result_has_what_is_promised(speed: ModuleType, tmp_path: Path, monk
     (case,) = result["cases"]
     assert {"name", "plain_s", "engine_s", "ratio", "gflop", "gbyte", "peak_fraction", "plain_mb", "engine_mb", "phases"} <= set(case)
     assert case["ratio"] == pytest.approx(case["plain_s"] / case["engine_s"], rel=0.02)
+    assert case["images_per_second"] == pytest.approx(6 * 8 / case["engine_s"], rel=0.02)
+    assert case["schedule_hours"] == pytest.approx(case["engine_s"] * 300 * 50 / 3600, abs=0.01)
     assert case["plain_mb"] == 12.5
     assert [command[-1] for command in child] == ["plain", "engine"]
     assert str(path) in capsys.readouterr().out

@@ -5,7 +5,8 @@
 The paths take turns, so that whatever else the machine does meets all; a case's time is the median. All of them keep freed
 memory. The result, simulations/results/speed/<machine>.json, has the machine's measured peak (the better of a matrix product and a
 convolution, in the precision that the product chose), and per case the counted arithmetic and memory traffic of the product's
-iteration, its fraction of that peak, the seconds of a student step and of a generator step, and those of the product in float32.
+iteration, its fraction of that peak, synthetic images per second, the hours that the paper's whole schedule (300 epochs of 50 iterations)
+would take, the seconds of a student step and of a generator step, and those of the product in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdfkd_strategy.engine_config import EngineConfig
-from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS
+from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
 from cdfkd_strategy.precision import convolution_gain, seconds
 from cdfkd_strategy.provenance import commit, hardware, peak_memory_mb, versions
 from cdfkd_strategy.runtime import Runtime
@@ -115,6 +116,8 @@ def measured(case: Case, runtime: Runtime, repeats: int, peak: float) -> dict[st
         row[f"{path}_s"] = round(statistics.median(sum(steps[phase] * phases[phase][repeat] for phase in steps) for repeat in range(repeats)), 4)
     row["ratio"] = round(row["plain_s"] / row["engine_s"], 3)
     row |= counted | {"peak_fraction": round(counted["gflop"] / row["engine_s"] / peak, 3)}
+    images, schedule = sum(steps.values()) * case.batch_size, CDFKDMFSConfig()
+    row |= {"images_per_second": round(images / row["engine_s"], 1), "schedule_hours": round(row["engine_s"] * schedule.epochs * schedule.iterations / 3600, 2)}
     row["phases"] = {path: {phase: round(statistics.median(values), 4) for phase, values in phases.items()} for path, phases in times.items()}
     return row
 
