@@ -21,9 +21,10 @@ from cdfkd_strategy import seeding
 
 Precision = Literal["float32", "bfloat16"]
 
-LEAST_GAIN = 2.0
-"""How much faster a convolution must be in bfloat16. A Xeon with AMX is 4 to 6 times as fast (`bfloat16_gain` in simulations/results/speed), far
-enough from this that noise does not decide; no other device has been measured. Near it two runs may choose differently: `engine.runtime_from`."""
+LEAST_GAIN = 1.5
+"""How much faster a convolution must be in bfloat16. A Xeon with AMX is 4 to 6 times as fast, an EPYC with AVX-512 2 times (`bfloat16_gain` in
+simulations/results/speed): far enough from this that noise does not decide on an idle machine. Near it two runs may choose differently:
+`engine.runtime_from`."""
 
 
 def full(tensor: Tensor) -> Tensor:
