@@ -33,7 +33,7 @@ class EngineConfig:
         device: "auto" (the first CUDA device, else the CPU) or a torch device string. Bits depend on it.
         threads: intra-op CPU threads; 0 leaves torch's choice. Bits depend on it.
         channels_last: memory layout of images and weights. Bits depend on it.
-        precision: of convolutions and matrix products in the distillation, "auto" (bfloat16 if the device is at least twice as fast in it),
+        precision: of convolutions and matrix products in the distillation, "auto" (bfloat16 if the device is at least 1.5 times as fast in it),
             "float32" or "bfloat16". Bits depend on it. Everything else, evaluation too, is in float32.
         fold: compute teachers with their BatchNorm folded into convolutions where nothing looks at it. Bits depend on it.
         recompute_teachers: compute teachers a second time in the backward pass instead of keeping the activations of all: "auto" is from
