@@ -119,7 +119,7 @@ def test_a_transfer_set_that_cannot_be_used_is_one_line_and_leaves_nothing(teach
         (["--transfer-set", tmp_path / "text"], "cannot read the transfer set"),
         (["--transfer-set", tmp_path / "missing"], "cannot read the transfer set"),
         (["--transfer-set", tmp_path / "text", "--method", "rdskd"], "method 'rdskd' takes no images; accepted with it: kd"),
-        (["--save-transfer-set", -1], "engine.transfer_images is -1; accepted: at least 1, or 0 for none"),
+        (["--save-transfer-set", -1], "engine.transfer_images is -1; accepted: at least 0 (0 saves none)"),
     ]
     for arguments, words in cases:
         assert cdfkd("distill", "--teachers", teachers, "--out", tmp_path / "run", *arguments) == 2

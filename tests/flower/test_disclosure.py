@@ -84,7 +84,7 @@ def test_the_table_of_methods_says_all_of_it_for_every_method(capsys: pytest.Cap
     monkeypatch.setattr(METHODS["cdfkd_mfs"], "needs", Needs(label_counts=True, features=True))
     assert cli.main(["methods"]) == 0
     changed = rows(capsys.readouterr().out)
-    assert "| features before a last linear layer, label counts per class |" in changed["cdfkd_mfs"]
+    assert "| features before a last linear layer, label counts per class; uses, where they are: BatchNorm running statistics |" in changed["cdfkd_mfs"]
     assert changed["rdskd"] == found["rdskd"]
 
 
