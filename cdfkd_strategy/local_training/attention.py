@@ -49,7 +49,7 @@ def fit_attention(
     if not len(chosen):
         return None
     rows, device = torch.from_numpy(chosen), next(student.parameters()).device
-    with seeding.threads(1):  # the bits of a client, wherever it is computed
+    with seeding.threads(1):  # as a client computes it, wherever it is computed
         images = image.normalise(share.x_train[rows].to(device).float() / 255)
         fitted = fit_head_attention(student, images, share.y_train[rows].to(device), rng=seeding.generator(*parts))
     return AttentionFit(tuple(fitted.score.weight.double().flatten().tolist()), float(fitted.score.bias), len(chosen))
