@@ -5,7 +5,7 @@
 Every federation (a base and a seed; the plan's seeds are a list, or a mapping from bases to lists) is trained once.
 ``competence`` compares the scores of a grid with the oracle's weights, ``distillation`` distils every candidate. Runs are
 kept and not repeated; an interrupted one goes on. The tables are <results>/<name>-{competence,distillation}.csv, with the
-commit in every row.
+commit in every row; rows of distillation that the table has from another machine, with the settings of today, are kept too.
 """
 
 from __future__ import annotations
@@ -63,11 +63,15 @@ def main() -> None:
     if args.what == "competence":
         write_table(args.results / f"{todo['name']}-competence.csv", list(competence_rows(federations)))
         return
-    for (base, seed), candidate in itertools.product(federations, todo["candidates"]):
-        if any(part in f"{base}/{candidate}" for part in args.only):
-            overrides = [*todo["common"], *todo["candidates"][candidate], f"engine.threads={args.threads}"]
-            distil(federations[base, seed], candidate, overrides)
-    write_table(args.results / f"{todo['name']}-distillation.csv", list(distillation_rows(federations)))
+    table = args.results / f"{todo['name']}-distillation.csv"
+    settings = {name: [*todo["common"], *own, f"engine.threads={args.threads}"] for name, own in todo["candidates"].items()}
+    kept = [row for row in read_table(table) if row["overrides"] == " ".join(settings.get(row["candidate"], []))]
+    known = {(row["federation"], int(row["seed"]), row["candidate"]) for row in kept}
+    for ((base, seed), directory), (candidate, overrides) in itertools.product(federations.items(), settings.items()):
+        if (base, seed, candidate) not in known and any(part in f"{base}/{candidate}" for part in args.only):
+            distil(directory, candidate, overrides)
+    new = [row for row in distillation_rows(federations) if (row["federation"], row["seed"], row["candidate"]) not in known]
+    write_table(table, sorted([*kept, *new], key=lambda row: (row["federation"], int(row["seed"]), row["candidate"])))
 
 
 def teachers_of(runs: Path, base: str, seed: int, validation_size: int) -> Path:
@@ -124,13 +128,22 @@ def distillation_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict
             yield row | {"commit_of_run": " ".join(dict.fromkeys(str(origin["commit"]) for origin in origins(summary)))}
 
 
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """What `write_table` wrote before; nothing if it did not."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as found:
+        return list(csv.DictReader(found))
+
+
 def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as CSV; accuracies are fractions."""
+    """The rows as CSV; accuracies are fractions. A row that was read keeps its commit."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, [*rows[0], "commit"], lineterminator="\n")
+        writer = csv.DictWriter(out, list(rows[0] | {"commit": ""}), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} | {"commit": commit()} for row in rows)
+        for row in rows:
+            writer.writerow({"commit": commit()} | {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
 
 
 if __name__ == "__main__":

@@ -53,3 +53,14 @@ def test_federations_are_held_out_compared_and_distilled_once(repository: Path, 
     again = run(repository, tmp_path, "distillation")
     assert "==" not in again.stdout  # nothing is distilled twice
     assert table.read_text() == first
+
+    (tmp_path / "runs").rename(tmp_path / "runs of another machine")
+    plan["candidates"] = {"plain": [], "slow student": ["method.student_lr=0.002"], "small": ["method.batch_size=4"]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    third = run(repository, tmp_path, "distillation")
+    assert third.returncode == 0, third.stderr
+    assert third.stdout.count("==") == 2  # the changed one, and the new one
+    before, after = (list(csv.DictReader(text.splitlines())) for text in (first, table.read_text()))
+    assert [row["candidate"] for row in after] == ["plain", "slow student", "small"]
+    assert after[0] == before[0]
+    assert "student_lr=0.002" in after[1]["overrides"]
