@@ -56,6 +56,11 @@ class Entry(NamedTuple):
         return None if last is None or reference is None else reference - last
 
     @property
+    def attention(self) -> float | None:
+        """The accuracy of the student with its headers fused by attention, if it has several."""
+        return self.accuracy.get("student_attention")
+
+    @property
     def published_gap(self) -> float | None:
         """What the student lacks to the teacher in the method's paper."""
         return self.record.published[1] - self.record.published[0] if self.record.published else None
@@ -109,7 +114,7 @@ def _values(run: Entry) -> dict[str, Any]:
         "seed": summary["seed"],
         "teacher": run.teacher,
         "accuracy_last": accuracy.get("student_merged"),
-        "accuracy_attention": accuracy.get("student_attention"),
+        "accuracy_attention": run.attention,
         "peak_memory_mb": summary["rounds"][-1]["peak_memory_mb"] if accuracy else None,
         "gap": run.gap,
         "published_gap": run.published_gap,
@@ -121,18 +126,20 @@ def _values(run: Entry) -> dict[str, Any]:
 
 def markdown_table(runs: Sequence[Entry]) -> str:
     """A row per cell and method, the mean and standard deviation over its seeds, and where it was measured."""
+    attention = ["by attention"] if any(run.attention is not None for run in runs) else []
     head = [
-        "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", "gap", "published gap", "agreement", "best epoch (selected on test)", "seconds",
-        "student steps", "generator steps", "peak memory", "class entropy", *(extra := own_columns(runs)),
+        "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", *attention, "gap", "published gap", "agreement", "best epoch (selected on test)",
+        "seconds", "student steps", "generator steps", "peak memory", "class entropy", *(extra := own_columns(runs)),
     ]  # fmt: skip
     places = {place: [run for run in runs if run.place == place] for place in dict.fromkeys(run.place for run in runs)}
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    lines += [f"| {' | '.join(_row(place, some, extra))} |" for place, some in places.items()]
+    lines += [f"| {' | '.join(_row(place, some, extra, attention=bool(attention)))} |" for place, some in places.items()]
     machines = dict.fromkeys(machine_words(origin["hardware"], run.summary["runtime"]) for run in runs for origin in origins(run.summary))
     commits = dict.fromkeys(short_commit(origin["commit"]) for run in runs for origin in origins(run.summary))
     note = (
         "Accuracy, gap and agreement on the global test set in %, mean ± standard deviation over seeds. Teacher: mean of the teachers; ensemble: with the "
-        "weights of the run; gap: what the last epoch lacks to the ensemble; published gap: in the method's paper, with its networks, teacher and budget; "
+        f"weights of the run; {'by attention: its headers fused by attention that clients fitted on images of theirs; ' if attention else ''}"
+        "gap: what the last epoch lacks to the ensemble; published gap: in the method's paper, with its networks, teacher and budget; "
         "agreement: test images to which student and ensemble give the same class. Seconds "
         "without evaluation. Generator steps are all optimiser steps that are not the student's. Peak memory in MB, of a process of its own. Class entropy "
         f"(nats, at most ln C) of the ensemble's classes of {ENTROPY_IMAGES} synthetic images. Measured on {'; '.join(machines)}. Commit {', '.join(commits)}."
@@ -140,7 +147,7 @@ def markdown_table(runs: Sequence[Entry]) -> str:
     return "\n".join([*lines, "", note, "", *_failures(runs)])
 
 
-def _row(place: tuple[str, str], runs: Sequence[Entry], extra: Sequence[str]) -> list[str]:
+def _row(place: tuple[str, str], runs: Sequence[Entry], extra: Sequence[str], *, attention: bool) -> list[str]:
     good = [run for run in runs if run.accuracy]
     seeds = str(len(runs)) if len(good) == len(runs) else f"{len(good)} of {len(runs)}"
     names = ("agreement", "accuracy_best", "seconds", "student_steps", "generator_steps", "class_entropy")
@@ -152,6 +159,7 @@ def _row(place: tuple[str, str], runs: Sequence[Entry], extra: Sequence[str]) ->
         spread([run.teacher for run in good], 2),
         spread([run.accuracy["ensemble_estimated"] for run in good], 2),
         f"**{spread([run.accuracy['student_merged'] for run in good], 2)}**",
+        *([spread([run.attention for run in good], 2)] if attention else []),
         spread([run.gap for run in good], 2),
         _mean([None if run.published_gap is None else 100 * run.published_gap for run in good], ".2f"),
         *(spread(of[name], 2) for name in ("agreement", "accuracy_best")),

@@ -24,10 +24,12 @@ REQUIRED = (
 )
 
 
-def run(directory: Path, row: str, seed: int, merged: float, **record: Any) -> Path:
+def run(directory: Path, row: str, seed: int, merged: float, *, attention: float | None = None, **record: Any) -> Path:
     writer = SummaryWriter(directory, from_values({"study": "s", "cell": "c", "seed": seed}))
     if "error" not in record:
         accuracy = {"teachers": [0.8, 0.9], "ensemble_uniform": 0.91, "ensemble_estimated": 0.92, "ensemble_oracle": 0.93, "student_merged": merged}
+        if attention is not None:
+            accuracy["student_attention"] = attention
         writer.round(1, accuracy, seconds={"distill": 99.0}, peak_memory_mb=300.0 + seed, runtime={"device": "cpu"})
         writer.finish("schedule")
         more = {"agreement": 0.7, "accuracy_best": 0.88, "best_epoch": 3, "class_entropy": 2.25, "bytes_up": 10, "bytes_down": 20}
@@ -76,6 +78,18 @@ def test_markdown_has_means_over_seeds_and_says_what_failed(runs: Path) -> None:
     assert "best epoch (selected on test)" in text
     assert "- half in c, seed 1: it became NaN and more" in text
     assert "Failed" not in markdown_table(entries(find_results(runs / "x0")))
+
+
+def test_attention_over_headers_has_a_column_where_there_is_any(runs: Path) -> None:
+    assert "attention" not in markdown_table(entries(find_results(runs)))
+    for seed, attention in ((0, 0.75), (1, 0.5)):
+        run(runs / f"heads{seed}", "heads", seed, 0.8, attention=attention)
+    text = markdown_table(entries(find_results(runs)))
+    cells = {line.split("|")[2].strip(): [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| c")}
+    assert cells["method"][5:8] == ["**last epoch**", "by attention", "gap"]
+    assert cells["heads"][5:8] == ["**80.00 ± 0.00**", f"62.50 ± {statistics.stdev([75.0, 50.0]):.2f}", "12.00 ± 0.00"]
+    assert cells["good"][6] == "-"
+    assert "fused by attention that clients fitted" in text
 
 
 def test_a_bench_may_have_columns_of_its_own(runs: Path) -> None:
