@@ -32,6 +32,7 @@ COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
     ("ensemble, estimated", lambda accuracy: accuracy["ensemble_estimated"]),
     ("ensemble, oracle", lambda accuracy: accuracy["ensemble_oracle"]),
     ("student, mean", lambda accuracy: accuracy["student_mean"]),
+    ("student, attention", lambda accuracy: accuracy["student_attention"]),
     ("**student, merged**", lambda accuracy: accuracy["student_merged"]),
 )
 

@@ -17,7 +17,7 @@ from cdfkd_strategy.summary import SummaryWriter, read_summary
 def run(directory: Path, cell: str, seed: int, merged: float, *, finish: bool = True, **accuracy: Any) -> Path:
     writer = SummaryWriter(directory, from_values({"study": "s", "cell": cell, "seed": seed}))
     for number, value in ((1, 0.1), (2, merged)):
-        found = {"student_merged": value, "fedavg": 0.25, "teachers": [0.2, 0.3], **accuracy}
+        found = {"student_merged": value, "student_attention": 0.45, "fedavg": 0.25, "teachers": [0.2, 0.3], **accuracy}
         writer.round(number, found, seconds={"distill": 60.0}, runtime={"device": "cpu"})
     if finish:
         writer.finish("schedule")
@@ -38,7 +38,7 @@ def test_a_cell_is_the_mean_and_deviation_of_the_last_round(results: Path) -> No
     row_a, row_b = (next(line for line in table.splitlines() if line.startswith(f"| {cell} ")) for cell in "ab")
     deviation = statistics.stdev([50.0, 60.0])
     cells = [cell.strip() for cell in row_a.strip("|").split("|")]
-    assert cells == ["a", "2", "2", "30.0 ± 0.0", "25.0 ± 0.0", "-", "-", "-", "-", f"55.0 ± {deviation:.1f}", "120 s"]
+    assert cells == ["a", "2", "2", "30.0 ± 0.0", "25.0 ± 0.0", "-", "-", "-", "-", "45.0 ± 0.0", f"55.0 ± {deviation:.1f}", "120 s"]
     assert [cell.strip() for cell in row_b.strip("|").split("|")][:5] == ["b", "1", "2", "30.0", "-"], "one finished seed, and no FedAvg"
     assert "90.0" not in table, "an unfinished run is not a result"
     assert "last round" in table
