@@ -33,6 +33,7 @@ from cdfkd_strategy.metrics.accuracy import accuracy, predict
 from cdfkd_strategy.models.generators import build_generator
 from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.offline import write_teachers
 from cdfkd_strategy.provenance import commit, hardware, versions
 from cdfkd_strategy.run_config import RunConfig, resolve
@@ -104,9 +105,9 @@ class Federation:
         together = fuse(predict(self.teachers, self.data.x_test, stored.image), self.teachers.weights)
         self.target = SHARE * accuracy(together, self.data.y_test)
 
-    def student(self) -> MultiHeaderStudent:
-        """The same initial student every time."""
-        return first_student(self.config.student.backbone, self.teachers, seed=self.config.seed)
+    def student(self, stages: int = MAX_STAGES) -> MultiHeaderStudent:
+        """The same initial student every time, but for the stages that its headers see."""
+        return first_student(self.config.student.backbone, self.teachers, stages=stages, seed=self.config.seed)
 
     def merged(self, student: nn.Module) -> float:
         """Accuracy of the headers fused with the estimated weights, on the test images."""
@@ -121,7 +122,7 @@ def product(federation: Federation, recipe: list[str]) -> tuple[nn.Module, float
     """`distill` with a recipe; seconds of the whole call."""
     config = resolve(CELL, [f"seed={federation.config.seed}", "engine.progress=false", "engine.watch_images=0", *recipe])
     name, settings = config.method_config()
-    student = federation.student()
+    student = federation.student(config.student.stages)
     started = time.perf_counter()
     result = distill(federation.teachers, student, name, config=settings, seed=config.seed, engine=config.engine)
     return result.student.eval(), time.perf_counter() - started
