@@ -78,7 +78,7 @@ class StudentConfig:
         init: of the trunk: the "average" of the teachers of the student's own architecture, or "random" as in the paper.
         heads: one header "per_teacher", "one" for all, or "plain": the backbone with its own classifier in place of headers, from random
             weights, as papers with one teacher have it. With Flower always "per_teacher".
-        stages: how many of the deepest stages enter the headers, at most. With Flower always the default.
+        stages: how many of the deepest stages enter the headers, at most.
 
     Raises:
         ConfigError: a setting of headers for a student without any.

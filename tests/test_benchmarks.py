@@ -186,6 +186,7 @@ def test_both_paths_of_time_to_accuracy_train_a_student(speed: ModuleType, tmp_p
     monkeypatch.setattr(timed, "CELL", "digits")
     monkeypatch.setattr(timed, "RUNS", tmp_path)
     federation = timed.Federation(resolve("digits", tiny))
+    assert timed.product(federation, [*tiny, "student.stages=1"])[0].spec.stages == 1
     for student, seconds in (timed.product(federation, tiny), timed.plain(federation, 3)):
         assert seconds > 0
         assert 0 <= federation.merged(student) <= 1

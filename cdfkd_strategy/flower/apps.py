@@ -21,7 +21,6 @@ from cdfkd_strategy.flower import client, payload
 from cdfkd_strategy.flower.run_state import STATE_FILE
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.harness import Harness
-from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.provenance import peak_memory_mb
 from cdfkd_strategy.run_config import PATIENCE, RunConfig, resolve
 from cdfkd_strategy.summary import SummaryWriter
@@ -104,7 +103,6 @@ def check_federated(config: RunConfig) -> None:
     """
     settings: tuple[tuple[str, object, object], ...] = (
         ("student.heads", config.student.heads, "per_teacher"),
-        ("student.stages", config.student.stages, MAX_STAGES),
         ("clients.init", config.clients.init, "common"),
         ("server.transfer_set", config.server.transfer_set, None),
     )
@@ -128,6 +126,7 @@ def make_strategy(config: RunConfig, image: ImageSpec, harness: Harness, out: Pa
         student=config.student.backbone,
         student_max_width=config.student.max_width,
         student_init=config.student.init,
+        student_stages=config.student.stages,
         method=method,
         method_config=method_config,
         weights=config.server.weights,

@@ -195,7 +195,8 @@ def may_go_on(options: Options, state: RunState) -> bool:
 def student_for(options: Options, previous: MultiHeaderStudent | None, teachers: TeacherEnsemble, server_round: int) -> MultiHeaderStudent:
     """The student that a round starts from: a fresh one, or the last round's with heads for the new slots."""
     if previous is None:
-        return first_student(options.student, teachers, max_width=options.student_max_width, init=options.student_init, seed=options.seed)
+        width, stages = options.student_max_width, options.student_stages
+        return first_student(options.student, teachers, max_width=width, init=options.student_init, stages=stages, seed=options.seed)
     if previous.heads == len(teachers):
         return previous
     with seeding.seeded_scope("student heads", options.seed, server_round):

@@ -46,6 +46,7 @@ class Options:
     student: str
     student_max_width: int | Literal["auto"] | None
     student_init: Init
+    student_stages: int
     method: str | type[Distiller]
     method_config: Any
     weights: str
@@ -78,7 +79,7 @@ class Options:
             raise ConfigError(f"broadcast is {self.broadcast!r}; accepted: 'heads', 'single'")
         require(self, "", "fraction_train", above=0, most=1, why="without teachers there is no student")
         require(self, "", "fraction_evaluate", least=0, most=1)
-        require(self, "", "min_teachers", "single_steps", "min_train_nodes", "min_available_nodes", "expected_nodes", least=1)
+        require(self, "", "min_teachers", "single_steps", "student_stages", "min_train_nodes", "min_available_nodes", "expected_nodes", least=1)
         require(self, "", "max_teacher_age", "min_evaluate_nodes", least=0)
         object.__setattr__(self, "method_config", _bound(self.distiller, self.method_config))
         needs = self.distiller.needs

@@ -24,6 +24,7 @@ from cdfkd_strategy.flower.run_state import RoundRecord
 from cdfkd_strategy.flower.session import Session
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
+from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import ImageSpec
 from cdfkd_strategy.warm_start import Init
@@ -47,6 +48,7 @@ class CDFKDStrategy(Strategy):
         student: backbone of the student, a registered architecture.
         student_max_width: channels to which wide stages are narrowed; None never; "auto" not in the paper's layouts.
         student_init: of the first student's trunk: the "average" of the teachers of its own architecture, or "random" as in the paper.
+        student_stages: how many of the deepest stages the headers see, at most; 1 is no multi-level sharing, and fewer computations.
         method: a distillation method by name, or a `Distiller` class.
         method_config: its ``Config``, or a mapping of its keys; None is its defaults.
         weights: how much each teacher counts per class: a competence estimate ("auto", "uniform", ...) from the uploaded
@@ -102,6 +104,7 @@ class CDFKDStrategy(Strategy):
         student: str = "small_cnn",
         student_max_width: int | Literal["auto"] | None = "auto",
         student_init: Init = "average",
+        student_stages: int = MAX_STAGES,
         method: str | type[Distiller] = "cdfkd_mfs",
         method_config: Mapping[str, Any] | object | None = None,
         weights: str = "auto",
@@ -136,6 +139,7 @@ class CDFKDStrategy(Strategy):
             student=student,
             student_max_width=student_max_width,
             student_init=student_init,
+            student_stages=student_stages,
             method=method,
             method_config=method_config,
             weights=weights,

@@ -56,7 +56,6 @@ def test_a_run_writes_its_directory(tmp_path: Path) -> None:
     [
         {"student": {"heads": "one"}},
         {"student": {"heads": "plain"}},
-        {"student": {"stages": 1}},
         {"clients": {"init": "own"}},
         {"server": {"transfer_set": "images.safetensors"}},
     ],

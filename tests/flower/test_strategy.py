@@ -366,6 +366,7 @@ class Hungry(Wanting):
         ({"broadcast": "both"}, ConfigError, "broadcast is 'both'"),
         ({"fraction_train": 0.0}, ConfigError, "fraction_train is 0.0"),
         ({"min_teachers": 0}, ConfigError, "min_teachers is 0; accepted: at least 1"),
+        ({"student_stages": 0}, ConfigError, "student_stages is 0; accepted: at least 1"),
         ({"method_config": {"epoch": 3}}, ConfigError, "unknown key method_config.epoch"),
         ({"method_config": 3}, ConfigError, "method_config is a int"),
         ({"method": Wanting}, NeedsError, "weights='label_counts'"),
