@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -116,7 +117,7 @@ def require(
         why: the reason for the bounds, for error messages.
 
     Raises:
-        ConfigError: a number outside the bounds, NaN, or infinite.
+        ConfigError: a number outside the bounds, NaN, or infinite, or something else than a number.
     """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     accepted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) + (f" ({why})" if why else "")
@@ -126,6 +127,9 @@ def require(
         for number in value if isinstance(value, tuple) else [value]:
             if number is None:
                 continue
+            a_number = isinstance(number, numbers.Real)  # numpy's too
+            if not a_number:
+                raise ConfigError(f"{prefix}{name} is {value!r}; accepted: a number, {accepted}")
             too_small = (least is not None and number < least) or (above is not None and number <= above)
             too_large = (most is not None and number > most) or (below is not None and number >= below)
             if not math.isfinite(number):

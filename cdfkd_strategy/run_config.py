@@ -92,6 +92,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         require(self, "student", "stages", least=1)
+        if isinstance(self.max_width, int):
+            require(self, "student", "max_width", least=1)
         if self.heads == "plain" and (self.stages, self.max_width) != (MAX_STAGES, "auto"):
             raise ConfigError(
                 "student.stages and student.max_width are settings of headers, and student.heads=plain has none; leave them out, or choose another"

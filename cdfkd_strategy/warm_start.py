@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.averaging import average_state
@@ -12,6 +14,7 @@ from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.models.plain_student import PlainStudent, Student
 from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.teachers import TeacherEnsemble
+from cdfkd_strategy.types import ImageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,7 @@ def first_student(
     Raises:
         ConfigError: another ``init``.
     """
-    if init not in ("average", "random"):
-        raise ConfigError(f"student init is {init!r}; accepted: 'average', 'random'")
+    _check_init(init)
     with seeding.seeded_scope("student", seed):
         student = MultiHeaderStudent(backbone, len(teachers), teachers.image, max_width=max_width, stages=stages)
     same = [index for index, spec in enumerate(teachers.specs) if spec.arch == backbone]
@@ -58,6 +60,32 @@ def first_student(
         trunk.load_state_dict({name: state[name] for name in trunk.state_dict()})
         logger.info("the student's trunk starts from the mean of %d teachers", len(same))
     return student
+
+
+def check_student(
+    backbone: str, image: ImageSpec, *, max_width: int | Literal["auto"] | None = "auto", init: Init = "average", stages: int = MAX_STAGES
+) -> None:
+    """Can `first_student` make such a student, whatever the teachers? For a server, before its clients train; nothing is allocated.
+
+    Args:
+        backbone: an architecture's name.
+        image: what the teachers take.
+        max_width: see `MultiHeaderStudent`.
+        init: "average" or "random".
+        stages: see `MultiHeaderStudent`.
+
+    Raises:
+        ConfigError: an unknown name, or a setting that is not accepted.
+        ArchitectureError: the backbone has no stages at this image size.
+    """
+    _check_init(init)
+    with torch.device("meta"):
+        MultiHeaderStudent(backbone, 1, image, max_width=max_width, stages=stages)
+
+
+def _check_init(init: Init) -> None:
+    if init not in get_args(Init):
+        raise ConfigError(f"student init is {init!r}; accepted: {', '.join(map(repr, get_args(Init)))}")
 
 
 def chosen_student(

@@ -5,7 +5,8 @@
 Every federation (a base and a seed; the plan's seeds are a list, or a mapping from bases to lists) is trained once.
 ``competence`` compares the scores of a grid with the oracle's weights, ``distillation`` distils every candidate. Runs are
 kept and not repeated; an interrupted one goes on. The tables are <results>/<name>-{competence,distillation}.csv, with the
-commit in every row; rows of distillation that the table has from another machine, with the settings of today, are kept too.
+commit in every row. A row of distillation that the table has, from this machine or another, and whose settings are still the
+plan's (threads aside), stays and is not run again; to run it anew, delete it and its directory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ ROW_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0)
 COUNT_POWERS = (0.0, 0.5, 0.75, 1.0)
 """Scores tried: ``F_kc^a ||W_c||^b N_k^d`` (see `cdfkd_strategy.competence`); with a = 0, row norms alone."""
 
+THREADS = "engine.threads="
+"""The last override of every run; bits depend on it, and nothing else."""
+
 
 def main() -> None:
     """Train, compare, distil, and write the tables."""
@@ -56,30 +60,32 @@ def main() -> None:
     todo = yaml.safe_load(args.plan.read_text())
     seeds = todo[f"{args.what}_seeds"]  # of all federations, or a mapping with those of each
     federations = {
-        (base, seed): teachers_of(args.runs, base, seed, todo["validation_size"])
+        (base, seed): args.runs / f"{base.strip('/').replace('/', '-')}-seed{seed}"
         for base in todo[args.what]
         for seed in (seeds[base] if isinstance(seeds, dict) else seeds)
     }
+    table = args.results / f"{todo['name']}-{args.what}.csv"
     if args.what == "competence":
-        write_table(args.results / f"{todo['name']}-competence.csv", list(competence_rows(federations)))
+        for (base, seed), directory in federations.items():
+            train(directory, base, seed, todo["validation_size"])
+        write_table(table, list(competence_rows(federations)))
         return
-    table = args.results / f"{todo['name']}-distillation.csv"
-    settings = {name: [*todo["common"], *own, f"engine.threads={args.threads}"] for name, own in todo["candidates"].items()}
-    kept = [row for row in read_table(table) if row["overrides"] == " ".join(settings.get(row["candidate"], []))]
+    settings = {name: [*todo["common"], *own, THREADS] for name, own in todo["candidates"].items()}
+    wanted = {name: " ".join(overrides) for name, overrides in settings.items()}
+    kept = [row for row in read_table(table) if row["overrides"].rstrip("0123456789") == wanted.get(row["candidate"])]
     known = {(row["federation"], int(row["seed"]), row["candidate"]) for row in kept}
     for ((base, seed), directory), (candidate, overrides) in itertools.product(federations.items(), settings.items()):
         if (base, seed, candidate) not in known and any(part in f"{base}/{candidate}" for part in args.only):
-            distil(directory, candidate, overrides)
+            train(directory, base, seed, todo["validation_size"])
+            distil(directory, candidate, [*overrides[:-1], f"{THREADS}{args.threads}"])
     new = [row for row in distillation_rows(federations) if (row["federation"], row["seed"], row["candidate"]) not in known]
     write_table(table, sorted([*kept, *new], key=lambda row: (row["federation"], int(row["seed"]), row["candidate"])))
 
 
-def teachers_of(runs: Path, base: str, seed: int, validation_size: int) -> Path:
-    """The teacher directory of a federation, trained if it is not there."""
-    directory = runs / f"{base.strip('/').replace('/', '-')}-seed{seed}"
+def train(directory: Path, base: str, seed: int, validation_size: int) -> None:
+    """The teachers of a federation, unless they are there."""
     if not (directory / "teachers.json").exists():
         write_teachers(resolve(base, [f"seed={seed}", f"data.validation_size={validation_size}"]), directory)
-    return directory
 
 
 def competence_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[str, Any]]:

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 
-def run(repository: Path, where: Path, what: str) -> subprocess.CompletedProcess[str]:
+def run(repository: Path, where: Path, what: str, *more: str) -> subprocess.CompletedProcess[str]:
     script = repository / "simulations" / "calibrate.py"
-    arguments = [str(where / "plan.yaml"), what, "--runs", str(where / "runs"), "--results", str(where / "results")]
+    arguments = [str(where / "plan.yaml"), what, "--runs", str(where / "runs"), "--results", str(where / "results"), *more]
     environment = os.environ | {"PYTHONPATH": str(repository)}
     return subprocess.run([sys.executable, str(script), *arguments], cwd=where, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
@@ -55,6 +55,9 @@ def test_federations_are_held_out_compared_and_distilled_once(repository: Path, 
     assert table.read_text() == first
 
     (tmp_path / "runs").rename(tmp_path / "runs of another machine")
+    assert run(repository, tmp_path, "distillation", "--threads", "1").returncode == 0
+    assert not (tmp_path / "runs").exists()  # nothing to distil, and so no teachers either
+    assert table.read_text() == first
     plan["candidates"] = {"plain": [], "slow student": ["method.student_lr=0.002"], "small": ["method.batch_size=4"]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     third = run(repository, tmp_path, "distillation")

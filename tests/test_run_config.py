@@ -92,6 +92,7 @@ def test_another_method_does_not_inherit_the_keys_of_the_first() -> None:
         (["cell=a/b"], ["cell", "a/b", "file name"]),
         (["method=cdfkd_mfs"], ["method", "cdfkd_mfs"]),
         (["student.stages=0"], ["student.stages", "at least 1"]),
+        (["student.max_width=0"], ["student.max_width", "at least 1"]),
         (["student.heads=plain", "student.stages=1"], ["student.stages", "student.heads=plain has none"]),
         (["student.heads=plain", "student.max_width=64"], ["student.max_width", "student.heads=plain has none"]),
     ],

@@ -111,9 +111,10 @@ def test_bind_says_where_it_is() -> None:
         ([1], {"above": 0, "below": 1}, "part.last is 1; accepted: above 0 and below 1"),
         ([math.nan], {"least": 0}, "part.last is nan; accepted: a finite number, at least 0"),
         ([math.inf], {"least": 0}, "part.last is inf; accepted: a finite number, at least 0"),
+        (["all"], {"least": 0}, "part.last is 'all'; accepted: a number, at least 0"),
     ],
 )
-def test_numbers_are_required_to_be_finite_and_within_bounds(values: list[float | None], bounds: dict[str, Any], error: str | None) -> None:
+def test_numbers_are_required_to_be_finite_and_within_bounds(values: list[Any], bounds: dict[str, Any], error: str | None) -> None:
     names = [*(f"value{number}" for number in range(len(values) - 1)), "last"]
     config = SimpleNamespace(**dict(zip(names, values, strict=True)))
     with nullcontext() if error is None else pytest.raises(ConfigError, match=f"^{re.escape(error)}$"):

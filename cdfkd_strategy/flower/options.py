@@ -20,7 +20,7 @@ from cdfkd_strategy.flower.disclosure import ALWAYS, ATTENTION, EVALUATED, FAILE
 from cdfkd_strategy.flower.payload import Keys
 from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.types import ImageSpec
-from cdfkd_strategy.warm_start import Init
+from cdfkd_strategy.warm_start import Init, check_student
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -37,6 +37,7 @@ class Options:
 
     Raises:
         ConfigError: a value is not accepted.
+        ArchitectureError: the student has no stages at this image size.
         NeedsError: the method needs something that the clients of this strategy do not send.
     """
 
@@ -81,6 +82,7 @@ class Options:
         require(self, "", "fraction_evaluate", least=0, most=1)
         require(self, "", "min_teachers", "single_steps", "student_stages", "min_train_nodes", "min_available_nodes", "expected_nodes", least=1)
         require(self, "", "max_teacher_age", "min_evaluate_nodes", least=0)
+        check_student(self.student, self.image, max_width=self.student_max_width, init=self.student_init, stages=self.student_stages)
         object.__setattr__(self, "method_config", _bound(self.distiller, self.method_config))
         needs = self.distiller.needs
         if needs.label_counts and self.weights != LABEL_COUNTS:

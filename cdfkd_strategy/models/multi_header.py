@@ -146,8 +146,8 @@ class MultiHeaderStudent(nn.Module):
             max_width = None if paper else AUTO_MAX_WIDTH
         if max_width is not None and (not isinstance(max_width, int) or max_width < 1):
             raise ConfigError(f"max_width is {max_width!r}; accepted: 'auto', None, or at least 1 channel")
-        if stages < 1:
-            raise ConfigError(f"the student's headers see {stages} stages; accepted: at least 1")
+        if not isinstance(stages, int) or stages < 1:
+            raise ConfigError(f"the student's headers see {stages} stages; accepted: at least 1, a whole number")
         self.image = image
         self.spec = StudentSpec(str(backbone) if named else f"<{type(backbone).__name__}>", heads, image, max_width, stages=stages)
         classifier = build_classifier(backbone, image) if isinstance(backbone, str) else copy.deepcopy(backbone)
