@@ -115,9 +115,13 @@ class TeacherEnsemble(nn.Module):
         """Some of the teachers with their weights, in this order; all of them is the ensemble itself. Networks are shared, not copied."""
         if list(chosen) == list(range(len(self))):
             return self
-        some = TeacherEnsemble([self.nets[k] for k in chosen], image=self.image, specs=[self.specs[k] for k in chosen])
-        some.weights = self.weights[list(chosen)]
-        some._forms = self._forms
+        nets = nn.ModuleList(self.nets[k] for k in chosen)
+        if not nets:
+            raise ArchitectureError("only([]) leaves an ensemble of 0 teachers; accepted: at least one")
+        nets.training = False
+        some = copy.copy(self)  # a step has no time for a new ensemble; what a shallow copy shares and must not, comes next
+        some._modules, some._buffers = {**self._modules, "nets": nets}, {**self._buffers, "weights": self.weights[list(chosen)]}
+        some.specs = tuple(self.specs[k] for k in chosen)
         return some
 
     def drawn(self, chosen: Sequence[int]) -> TeacherEnsemble:

@@ -62,6 +62,15 @@ def test_teachers_without_a_weight_do_not_count(images: torch.Tensor) -> None:
     assert torch.equal(some(images), teachers(images)[[0, 2]])
     assert torch.allclose(some.fused(images), teachers.fused(images), atol=1e-6)
 
+    everyone, theirs = list(teachers.nets), teachers.weights.clone()
+    one = teachers.drawn([2])
+    assert torch.equal(one.weights, torch.ones(1, 3))
+    assert not any(part.training for part in one.train().modules())
+    assert list(teachers.nets) == everyone
+    assert torch.equal(teachers.weights, theirs)
+    with pytest.raises(ArchitectureError, match="0 teachers; accepted: at least one"):
+        teachers.only([])
+
 
 def test_teachers_stay_frozen(images: torch.Tensor) -> None:
     teachers = ensemble("small_cnn", "small_cnn")

@@ -179,7 +179,7 @@ class CDFKDMFS(Distiller):
         self.student_draw, self.generator_draw = TeacherDraw(teachers.weights, at_once), TeacherDraw(teachers.weights, at_once)
         self.batches = SyntheticBatches(self.generator, config.batches, config.batch_size, image, runtime)
         self.student_optimizer = _student_optimizer(config, student)
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr, fused=True)
 
     @classmethod
     def teachers_at_once(cls, config: CDFKDMFSConfig, teachers: int) -> int:

@@ -99,7 +99,7 @@ class Header(nn.Module):
                 carried = torch.cat([here, carried], dim=1)
             carried = encoder(here if carried is None else carried)
         assert carried is not None
-        features = carried.mean(dim=(2, 3))
+        features = carried.permute(0, 2, 3, 1).flatten(1, 2).mean(1)  # mean(dim=(2, 3)), whose gradient would not be channels-last
         return self.classifier(features), features
 
 

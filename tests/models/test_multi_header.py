@@ -136,6 +136,19 @@ def test_heads_are_private_and_the_trunk_is_shared():
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in student.trunk.parameters() if parameter.dim() == 4)
 
 
+def test_the_gradient_keeps_the_layout_of_the_maps():
+    student = MultiHeaderStudent("small_cnn", 2, ImageSpec(1, 28, 28, 10)).to(memory_format=torch.channels_last)
+    layouts = []
+
+    def at_the_last_map(_module, _inputs, output):
+        output.register_hook(lambda gradient: layouts.append(gradient.is_contiguous(memory_format=torch.channels_last)))
+
+    for header in student.headers:
+        header.encoders[-1].register_forward_hook(at_the_last_map)
+    student(torch.rand(3, 1, 28, 28).to(memory_format=torch.channels_last)).logits.sum().backward()
+    assert layouts == [True, True]
+
+
 def test_an_odd_size_pools_the_previous_encoder_to_the_stage():
     student = MultiHeaderStudent("small_cnn", 1, ImageSpec(1, 30, 30, 4))
     assert student.trunk.sizes == ((30, 30), (15, 15), (7, 7)), "encoders give 15 and ceil(15 / 2) = 8"
