@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from cdfkd_strategy.data.datasets import ImageData, load_data
 from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.data.transfer_set import load_transfer_set
 from cdfkd_strategy.engine import DistillResult, distill, saved_runtime
-from cdfkd_strategy.errors import CDFKDError, ConfigError
+from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.harness import Examination, Harness, count_weights
-from cdfkd_strategy.local_training import train_all
+from cdfkd_strategy.local_training import Trained, train_all
 from cdfkd_strategy.local_training.attention import fit_attention, mean_attention
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.head_fusion import HeadAttention
@@ -31,7 +31,7 @@ from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
-from cdfkd_strategy.teacher_directory import TeacherSet, load_teachers, save_teachers
+from cdfkd_strategy.teacher_directory import TeacherSet, keep_teacher, kept_teacher, load_teachers, save_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
 from cdfkd_strategy.types import Extras, ImageSpec
 from cdfkd_strategy.warm_start import chosen_student
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 FIXED = ("data", "clients")
 """Parts of a configuration that the teachers in a directory were made with; only ``data.path`` may change afterwards."""
 
+MAY_DIFFER = ("data.path", "clients.device", "clients.num_cpus")
+"""Settings of data and clients that say where, and not what."""
 
 PROXY_IMAGES = 50_000
 """Images at most that a method which declares real ones is given; as float32, 50,000 of 32 x 32 pixels in colour take 600 MB."""
@@ -158,19 +160,54 @@ def _test_data(config: RunConfig, teachers: TeacherSet) -> ImageData | None:
     return data
 
 
+def check_made_with(made: Mapping[str, Any], config: RunConfig, where: Path) -> None:
+    """Teachers that are there must be those that a configuration would train.
+
+    Args:
+        made: the configuration that they were trained with, as plain values.
+        config: the one of now.
+        where: their directory.
+
+    Raises:
+        CheckpointError: they were made with other data, clients, or seed.
+    """
+    mine, theirs = to_dict(config), to_dict(from_values(dict(made)))
+    different = [(f"{part}.{key}", theirs[part][key], value) for part in FIXED for key, value in mine[part].items() if theirs[part][key] != value]
+    different += [("seed", theirs["seed"], config.seed)] if theirs["seed"] != config.seed else []
+    for key, there, here in different:
+        if key not in MAY_DIFFER:
+            raise CheckpointError(f"the teachers in {where} were made with {key}={there!r}, not {here!r}; name another directory for teachers")
+
+
 def write_teachers(config: RunConfig, out: Path) -> ImageData:
     """Train the teachers of round 1 as the Flower clients do, bit for bit, and write them to a directory.
 
+    Each is kept when it is done: a start in the directory of one that was interrupted trains those that are missing.
+
     Returns:
         The data set that they were trained on.
+
+    Raises:
+        CheckpointError: an earlier start in this directory was with other data, clients, or seed.
     """
     data = load_data(config.data, config.seed)
-    clients = config.clients
+    clients, made_with = config.clients, to_dict(config)
+    finished: dict[int, Trained] = {}
+    for k in range(clients.count):
+        if (kept := kept_teacher(out, k, clients.architecture(k), data.image)) is not None:
+            model, about = kept
+            check_made_with(about["config"], config, out)
+            finished[k] = Trained(model, about["stats"])
+    if finished:
+        logger.info("%d of %d teachers are in %s already", len(finished), clients.count, out)
 
-    def say(partition_id: int, stats: Mapping[str, float]) -> None:
-        logger.info("client %d: %s trained on %d images, loss %.3f", partition_id, clients.architecture(partition_id), stats["num_examples"], stats["loss"])
+    def keep(k: int, teacher: Trained) -> None:
+        stats = teacher.stats
+        logger.info("client %d: %s trained on %d images, loss %.3f", k, clients.architecture(k), stats["num_examples"], stats["loss"])
+        keep_teacher(out, k, teacher.model, {"config": made_with, "stats": stats})
 
-    trained = train_all(clients, data, config.data, data.image, config.seed, workers=usable_cores(), on_done=say)
+    out.mkdir(parents=True, exist_ok=True)
+    trained = train_all(clients, data, config.data, data.image, config.seed, workers=usable_cores(), finished=finished, on_done=keep)
     specs = tuple(TeacherSpec(str(k), clients.architecture(k), int(teacher.stats["num_examples"])) for k, teacher in enumerate(trained))
     counts = train_label_counts(data, config.data, clients.count, config.seed).tolist()
     disclosed = counts if config.server.weights == LABEL_COUNTS else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdfkd_strategy.checkpoint import load_tensors, save_tensors, write_json
+from cdfkd_strategy.checkpoint import load_metadata, load_tensors, save_tensors, write_json
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CheckpointError, ConfigError
 from cdfkd_strategy.models.classifiers import build_classifier
@@ -21,6 +21,8 @@ from cdfkd_strategy.types import ImageSpec
 
 INDEX = "teachers.json"
 FORMAT = 1
+TRAINING = "training"
+"""Metadata of a teacher's file in a directory without an index: how that teacher came about. In a finished directory the index says it."""
 
 _SPEC_KEYS = {"key", "arch", "file", "sha256", "num_samples"}
 
@@ -68,10 +70,37 @@ def save_teachers(directory: Path, teachers: TeacherSet) -> TeacherSet:
     for k, (spec, model) in enumerate(zip(teachers.specs, teachers.models, strict=True)):
         state = model.state_dict()
         specs.append(replace(spec, sha256=state_hash(state)))
-        save_tensors(directory / f"teacher-{k}.safetensors", state)
+        save_tensors(directory / _file(k), state)
     written = replace(teachers, specs=tuple(specs))
-    write_index(directory, written, [f"teacher-{k}.safetensors" for k in range(len(specs))])
+    write_index(directory, written, [_file(k) for k in range(len(specs))])
     return written
+
+
+def _file(k: int) -> str:
+    return f"teacher-{k}.safetensors"
+
+
+def keep_teacher(directory: Path, k: int, model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Keep the first teacher of several that is done, so that an interruption does not cost it.
+
+    Args:
+        directory: what `save_teachers` will finish.
+        k: its number.
+        model: the network.
+        about: plain values, for `kept_teacher`.
+    """
+    save_tensors(directory / _file(k), model.state_dict(), {TRAINING: json.dumps(about)})
+
+
+def kept_teacher(directory: Path, k: int, arch: str, image: ImageSpec) -> tuple[nn.Module, dict[str, Any]] | None:
+    """What `keep_teacher` was given, the network in eval mode; None if it has kept none.
+
+    Raises:
+        CheckpointError: the file is broken, or does not hold this architecture.
+    """
+    path = directory / _file(k)
+    about = load_metadata(path).get(TRAINING) if path.exists() else None
+    return None if about is None else (_network(path, arch, image, load_tensors(path)), json.loads(about))
 
 
 def write_index(directory: Path, teachers: TeacherSet, files: Sequence[str]) -> None:
@@ -157,14 +186,20 @@ def _load(directory: Path, entry: Mapping[str, Any], image: ImageSpec, *, mapped
         raise CheckpointError(f"teacher file {name!r}; accepted: a file name inside {directory}")
     path = directory / name
     state = load_tensors(path)
-    with seeded_scope("teacher-directory"):
-        model = build_classifier(entry["arch"], image)
-    _compare(path, entry["arch"], state, model.state_dict())
+    model = _network(path, entry["arch"], image, state, mapped=mapped)
     found = state_hash(state)
     if found != entry["sha256"]:
         raise CheckpointError(
             f"{path} was changed: its weights have the SHA-256 {found[:12]}..., {INDEX} says {str(entry['sha256'])[:12]}...; restore the file or train anew"
         )
+    return model
+
+
+def _network(path: Path, arch: str, image: ImageSpec, state: Mapping[str, Tensor], *, mapped: bool = False) -> nn.Module:
+    """The architecture with the weights of a file."""
+    with seeded_scope("teacher-directory"):
+        model = build_classifier(arch, image)
+    _compare(path, arch, state, model.state_dict())
     model.load_state_dict(state, assign=mapped)
     return model.eval()
 

@@ -20,7 +20,7 @@ from cdfkd_strategy.data.datasets import DataConfig, load_data
 from cdfkd_strategy.data.image_data import ImageData
 from cdfkd_strategy.data.partition import PartitionConfig
 from cdfkd_strategy.errors import ArchitectureError, CDFKDError, ConfigError, DataError
-from cdfkd_strategy.local_training import ClientsConfig, initial_model, train_all, train_teacher
+from cdfkd_strategy.local_training import ClientsConfig, Trained, initial_model, train_all, train_teacher
 from cdfkd_strategy.local_training.client_round import augmentation, cut_batches
 from cdfkd_strategy.models.head_fusion import FusedStudent
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
@@ -275,7 +275,7 @@ DEALT = DataConfig(partition=PartitionConfig(name="iid"))
 def test_processes_give_the_bits_of_training_here() -> None:
     data = tiny_data()
     done: list[int] = []
-    results = train_all(ALL, data, DEALT, IMAGE, 0, workers=2, on_done=lambda client, stats: done.append(client))
+    results = train_all(ALL, data, DEALT, IMAGE, 0, workers=2, on_done=lambda client, _teacher: done.append(client))
     assert sorted(done) == [0, 1, 2]
     for client, (model, stats) in enumerate(results):
         here = initial_model(ALL.architecture(client), IMAGE, 0)
@@ -286,9 +286,20 @@ def test_processes_give_the_bits_of_training_here() -> None:
 
 
 def test_one_worker_trains_here_in_order() -> None:
-    done: list[tuple[int, float]] = []
-    results = train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=1, on_done=lambda client, stats: done.append((client, stats["loss"])))
-    assert done == [(client, results[client].stats["loss"]) for client in range(3)]
+    done: list[tuple[int, Trained]] = []
+    results = train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=1, on_done=lambda *one: done.append(one))
+    assert done == list(enumerate(results))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_teachers_of_an_earlier_start_are_not_trained_again(workers: int) -> None:
+    whole = train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=1)
+    done: list[int] = []
+    results = train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=workers, finished={1: whole[1]}, on_done=lambda client, _teacher: done.append(client))
+    assert sorted(done) == [0, 2]
+    assert results[1] is whole[1]
+    assert [state_hash(result.model.state_dict()) for result in results] == [state_hash(result.model.state_dict()) for result in whole]
+    assert train_all(ALL, tiny_data(), DEALT, IMAGE, 0, workers=workers, finished=dict(enumerate(whole))) == whole
 
 
 def test_an_error_of_a_client_is_one_of_this_library() -> None:

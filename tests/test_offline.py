@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cdfkd_strategy import cli, offline
-from cdfkd_strategy.config import bind
+from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.distiller import METHODS
-from cdfkd_strategy.errors import ConfigError, NeedsError
+from cdfkd_strategy.errors import CheckpointError, ConfigError, NeedsError
 from cdfkd_strategy.harness import Harness, confusion_matrix, count_weights
+from cdfkd_strategy.local_training import all_clients
 from cdfkd_strategy.report import markdown_report
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import read_summary
-from cdfkd_strategy.teacher_directory import load_teachers
+from cdfkd_strategy.teacher_directory import keep_teacher, load_teachers
 from cdfkd_strategy.types import Needs
 
 VALUES: dict[str, Any] = {
@@ -111,6 +113,53 @@ def test_training_teachers_ends_with_the_table_of_labels(tmp_path: Path, capsys:
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["client", *map(str, range(10)), "all"] in lines
     assert all([str(client), *map(str, row), str(sum(row))] in lines for client, row in enumerate(counts))
+
+
+def test_an_interrupted_training_goes_on(teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "usable_cores", lambda: 1)
+    (tmp_path / "config.yaml").write_text(json.dumps(VALUES), encoding="utf-8")
+    command = ["teachers", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "teachers")]
+    trained: list[int] = []
+
+    def job(work: Any) -> Any:
+        if trained and not interrupted:
+            raise KeyboardInterrupt
+        trained.append(work.partition_id)
+        return train_job(work)
+
+    train_job, interrupted = all_clients._train_job, []
+    monkeypatch.setattr(all_clients, "_train_job", job)
+    assert cli.main(command) == cli.INTERRUPTED
+    assert "--resume" in capsys.readouterr().err
+    assert trained == [0]
+
+    interrupted.append(True)
+    assert cli.main(command) == cli.ERROR  # not empty
+    assert cli.main([*command, "--resume", "clients.epochs=2"]) == cli.ERROR
+    assert "were made with clients.epochs=1, not 2; name another directory" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert "1 of 2 teachers are in" in capsys.readouterr().err
+    assert trained == [0, 1]
+    for name in ("teacher-0.safetensors", "teacher-1.safetensors"):
+        assert (tmp_path / "teachers" / name).read_bytes() == (teachers / name).read_bytes()
+    assert load_teachers(tmp_path / "teachers").specs == load_teachers(teachers).specs
+
+    assert cli.main([*command, "--resume"]) == 0  # finished
+    assert "client" in capsys.readouterr().out
+    assert cli.main([*command, "--resume", "seed=6"]) == cli.ERROR
+    assert "were made with seed=5, not 6" in capsys.readouterr().err
+    assert trained == [0, 1]
+
+
+def test_a_teacher_of_an_interrupted_training_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "usable_cores", lambda: 1)
+    config = from_values(VALUES)
+    keep_teacher(tmp_path, 1, nn.Linear(2, 2), {"config": to_dict(config), "stats": {}})
+    with pytest.raises(CheckpointError, match=r"teacher-1\.safetensors does not hold a 'lenet_bn'"):
+        offline.write_teachers(config, tmp_path)
+    (tmp_path / "teacher-1.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"cannot read .*teacher-1\.safetensors"):
+        offline.write_teachers(config, tmp_path)
 
 
 # -- where it is computed ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.directory_lock import held
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
-from cdfkd_strategy.offline import FIXED, distill_directory, plan_for, write_teachers
+from cdfkd_strategy.offline import check_made_with, distill_directory, plan_for, write_teachers
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.summary import FILE_NAME, check_same_config, is_same_config, read_summary
 from cdfkd_strategy.teacher_directory import INDEX, load_teachers
@@ -24,8 +24,6 @@ from cdfkd_strategy.teacher_directory import INDEX, load_teachers
 logger = logging.getLogger(__name__)
 
 TEACHERS = "teachers"
-MAY_DIFFER = ("data.path", "clients.device", "clients.num_cpus")
-"""Settings of data and clients that say where, and not what."""
 
 Start = Callable[[BenchRun, Path, Path], None]
 """Runs one row: the run, its teacher directory, its run directory."""
@@ -109,7 +107,7 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int], jobs: int, 
 
 
 def _train_teachers(config: RunConfig, home: Path) -> None:
-    """Make a directory of teachers, if it is not there; one without an index was not finished, and is written anew."""
+    """Make a directory of teachers, if it is not there; in one without an index, those that are missing are trained."""
     if not (home / INDEX).exists():
         with held(home):
             logger.info("training the teachers %s", home.name)
@@ -132,20 +130,9 @@ def _check_run(run: BenchRun, directory: Path) -> None:
 
 
 def _check_teachers(run: BenchRun, home: Path) -> None:
-    """Teachers that are there must be those that this run would train.
-
-    Raises:
-        CheckpointError: they were made with other data, clients, or seed.
-    """
-    if not (home / INDEX).exists():
-        return
-    made = from_values(load_teachers(home).config)
-    mine, theirs = to_dict(run.config), to_dict(made)
-    different = [(f"{part}.{key}", theirs[part][key], value) for part in FIXED for key, value in mine[part].items() if theirs[part][key] != value]
-    different += [("seed", made.seed, run.seed)] if made.seed != run.seed else []
-    for key, there, here in different:
-        if key not in MAY_DIFFER:
-            raise CheckpointError(f"the teachers in {home} were made with {key}={there!r}, not {here!r}; name another directory for teachers")
+    """Teachers that are there must be those that this run would train, see `check_made_with`."""
+    if (home / INDEX).exists():
+        check_made_with(load_teachers(home).config, run.config, home)
 
 
 def _on_teachers(home: Path, run: BenchRun, kept: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     teachers = commands.add_parser("teachers", help="train the clients' teachers only", description="Train the teachers of round 1, without Flower.")
     _takes_config(teachers)
-    _takes_out(teachers)
+    _takes_out(teachers, resume=True)
     teachers.set_defaults(command="running:teachers")
 
     distill = commands.add_parser("distill", help="distil a teacher directory, without Flower")

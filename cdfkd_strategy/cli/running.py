@@ -33,14 +33,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def teachers(args: argparse.Namespace) -> None:
-    """Train the teachers of round 1 and write a teacher directory."""
-    from cdfkd_strategy.offline import write_teachers
+    """Train the teachers of round 1 and write a teacher directory; with ``--resume``, those that an interrupted start did not come to."""
+    from cdfkd_strategy.data.datasets import load_data
+    from cdfkd_strategy.offline import check_made_with, write_teachers
+    from cdfkd_strategy.teacher_directory import INDEX, load_teachers
 
     check_alone("cdfkd teachers")
     config = resolve(args.config, args.overrides)
-    out = check_out(args.out, resume=False)
+    out = check_out(args.out, resume=args.resume)
     with held(out):
-        data = write_teachers(config, out)
+        if (out / INDEX).exists():
+            check_made_with(load_teachers(out).config, config, out)
+            data = load_data(config.data, config.seed)
+        else:
+            data = write_teachers(config, out)
     show_labels(config, data)
     print(f"teachers: {out}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
@@ -76,7 +76,8 @@ def train_all(
     seed: int,
     *,
     workers: int = 2,
-    on_done: Callable[[int, dict[str, float]], None] | None = None,
+    finished: Mapping[int, Trained] | None = None,
+    on_done: Callable[[int, Trained], None] | None = None,
 ) -> list[Trained]:
     """Train the teachers of round 1, several at a time: bit-identical to `train_teacher` in this process.
 
@@ -90,7 +91,8 @@ def train_all(
         image: what the teachers take.
         seed: of the run.
         workers: processes at most; 1 trains in this process, and so does every device but the CPU.
-        on_done: called with partition id and statistics as clients finish.
+        finished: teachers of an earlier start, by partition id, which are not trained again.
+        on_done: called with partition id and teacher as clients finish.
 
     Returns:
         One teacher per client, in the order of partition ids.
@@ -100,27 +102,29 @@ def train_all(
     """
     if not Runtime(device=config.device).is_available:
         raise CDFKDError(f"clients.device is {config.device!r}, which torch does not see here; use cpu")
-    outcomes: dict[int, _Outcome] = {}
-    for partition_id, outcome in _outcomes(config, data, data_config, image, seed, min(workers, config.count) if config.device == "cpu" else 1):
-        if outcome.error is not None:
-            raise CDFKDError(outcome.error)
-        outcomes[partition_id] = outcome
-        if on_done is not None:
-            on_done(partition_id, outcome.stats)
-    return [_restore(config.architecture(k), image, seed, outcomes[k]) for k in range(config.count)]
 
-
-def _outcomes(config: ClientsConfig, data: ImageData, data_config: DataConfig, image: ImageSpec, seed: int, workers: int) -> Iterator[tuple[int, _Outcome]]:
     def job(partition_id: int) -> _Job:
         share = client_share(data, data_config, config.count, partition_id, seed)
         return _Job(config, image, seed, partition_id, tuple(part.numpy() for part in share))
 
+    trained = dict(finished or {})
+    missing = [k for k in range(config.count) if k not in trained]
+    for partition_id, outcome in _outcomes(job, missing, min(workers, len(missing)) if config.device == "cpu" else 1):
+        if outcome.error is not None:
+            raise CDFKDError(outcome.error)
+        trained[partition_id] = _restore(config.architecture(partition_id), image, seed, outcome)
+        if on_done is not None:
+            on_done(partition_id, trained[partition_id])
+    return [trained[k] for k in range(config.count)]
+
+
+def _outcomes(job: Callable[[int], _Job], partition_ids: Sequence[int], workers: int) -> Iterator[tuple[int, _Outcome]]:
     if workers <= 1:
-        yield from ((k, _train_job(job(k))) for k in range(config.count))
+        yield from ((k, _train_job(job(k))) for k in partition_ids)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:
-            waiting = {pool.submit(_train_job, job(k)): k for k in range(config.count)}
+            waiting = {pool.submit(_train_job, job(k)): k for k in partition_ids}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
