@@ -24,7 +24,7 @@ from cdfkd_strategy.types import Extras, ImageSpec
 from cdfkd_strategy.warm_start import chosen_student
 from tests.test_paper_configs import shortened
 
-STUDIES = ("ablation", "cgdd_images", "cifar10_methods", "mnist_methods", "mnist_tuning", "rdskd_robustness")
+STUDIES = ("ablation", "cgdd_images", "cifar10_methods", "mnist_budget", "mnist_methods", "mnist_tuning", "rdskd_robustness")
 IMAGES = {"mnist": ImageSpec(1, 28, 28, 10), "fashion_mnist": ImageSpec(1, 28, 28, 10), "cifar10": ImageSpec(3, 32, 32, 10)}
 REFERENCES = ("kd", "noise")
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
@@ -155,6 +155,15 @@ def test_mnist_has_the_classical_networks_and_tuning_looks_at_no_test_image() ->
     assert all(run.config.data.validation_size == 10_000 for run in tuning.runs)
     settings = [(run.cell, run.row.partition("-")[0]) for run in tuning.runs]
     assert max(settings.count(row) for row in settings) <= 4
+
+
+def test_the_papers_budget_is_tried_on_the_same_teachers_and_student() -> None:
+    same, mine = ({run.row: run for run in resolve_bench(name).runs if run.seed == 0} for name in ("mnist_methods", "mnist_budget"))
+    for row, run in mine.items():
+        assert run.teachers == same[row].teachers
+        assert (run.config.data, run.config.clients, run.config.student) == (same[row].config.data, same[row].config.clients, same[row].config.student)
+        assert run.config.method["generator"] == same[row].config.method["generator"]
+        assert run.published == same[row].published
 
 
 def test_every_row_of_the_ablation_changes_what_its_name_says() -> None:
