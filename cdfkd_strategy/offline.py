@@ -31,7 +31,7 @@ from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
-from cdfkd_strategy.teacher_directory import TeacherSet, keep_teacher, kept_teacher, load_teachers, save_teachers
+from cdfkd_strategy.teacher_directory import TeacherSet, about_kept_teacher, keep_teacher, kept_teacher, load_teachers, save_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
 from cdfkd_strategy.types import Extras, ImageSpec
 from cdfkd_strategy.warm_start import chosen_student
@@ -194,10 +194,9 @@ def write_teachers(config: RunConfig, out: Path) -> ImageData:
     clients, made_with = config.clients, to_dict(config)
     finished: dict[int, Trained] = {}
     for k in range(clients.count):
-        if (kept := kept_teacher(out, k, clients.architecture(k), data.image)) is not None:
-            model, about = kept
+        if (about := about_kept_teacher(out, k)) is not None:
             check_made_with(about["config"], config, out)
-            finished[k] = Trained(model, about["stats"])
+            finished[k] = Trained(kept_teacher(out, k, clients.architecture(k), data.image), about["stats"])
     if finished:
         logger.info("%d of %d teachers are in %s already", len(finished), clients.count, out)
 

@@ -87,20 +87,30 @@ def keep_teacher(directory: Path, k: int, model: nn.Module, about: Mapping[str, 
         directory: what `save_teachers` will finish.
         k: its number.
         model: the network.
-        about: plain values, for `kept_teacher`.
+        about: plain values, for `about_kept_teacher`.
     """
     save_tensors(directory / _file(k), model.state_dict(), {TRAINING: json.dumps(about)})
 
 
-def kept_teacher(directory: Path, k: int, arch: str, image: ImageSpec) -> tuple[nn.Module, dict[str, Any]] | None:
-    """What `keep_teacher` was given, the network in eval mode; None if it has kept none.
+def about_kept_teacher(directory: Path, k: int) -> dict[str, Any] | None:
+    """What `keep_teacher` was told about a network; None if it has kept none.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    path = directory / _file(k)
+    about = load_metadata(path).get(TRAINING) if path.exists() else None
+    return None if about is None else dict(json.loads(about))
+
+
+def kept_teacher(directory: Path, k: int, arch: str, image: ImageSpec) -> nn.Module:
+    """The network that `keep_teacher` was given, in eval mode.
 
     Raises:
         CheckpointError: the file is broken, or does not hold this architecture.
     """
     path = directory / _file(k)
-    about = load_metadata(path).get(TRAINING) if path.exists() else None
-    return None if about is None else (_network(path, arch, image, load_tensors(path)), json.loads(about))
+    return _network(path, arch, image, load_tensors(path))
 
 
 def write_index(directory: Path, teachers: TeacherSet, files: Sequence[str]) -> None:

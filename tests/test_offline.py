@@ -137,6 +137,8 @@ def test_an_interrupted_training_goes_on(teachers: Path, tmp_path: Path, capsys:
     assert cli.main(command) == cli.ERROR  # not empty
     assert cli.main([*command, "--resume", "clients.epochs=2"]) == cli.ERROR
     assert "were made with clients.epochs=1, not 2; name another directory" in capsys.readouterr().err
+    assert cli.main([*command, "--resume", "clients.architectures=[lenet]"]) == cli.ERROR
+    assert "were made with clients.architectures=['lenet_bn'], not ['lenet']" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0
     assert "1 of 2 teachers are in" in capsys.readouterr().err
     assert trained == [0, 1]
