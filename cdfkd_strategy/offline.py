@@ -191,19 +191,20 @@ def write_teachers(config: RunConfig, out: Path) -> ImageData:
         CheckpointError: an earlier start in this directory was with other data, clients, or seed.
     """
     data = load_data(config.data, config.seed)
-    clients, made_with = config.clients, to_dict(config)
+    clients = config.clients
     finished: dict[int, Trained] = {}
     for k in range(clients.count):
         if (about := about_kept_teacher(out, k)) is not None:
-            check_made_with(about["config"], config, out)
-            finished[k] = Trained(kept_teacher(out, k, clients.architecture(k), data.image), about["stats"])
+            made_with, stats = about
+            check_made_with(made_with, config, out)
+            finished[k] = Trained(kept_teacher(out, k, clients.architecture(k), data.image), stats)
     if finished:
         logger.info("%d of %d teachers are in %s already", len(finished), clients.count, out)
 
     def keep(k: int, teacher: Trained) -> None:
         stats = teacher.stats
         logger.info("client %d: %s trained on %d images, loss %.3f", k, clients.architecture(k), stats["num_examples"], stats["loss"])
-        keep_teacher(out, k, teacher.model, {"config": made_with, "stats": stats})
+        keep_teacher(out, k, teacher.model, config=to_dict(config), stats=stats)
 
     out.mkdir(parents=True, exist_ok=True)
     trained = train_all(clients, data, config.data, data.image, config.seed, workers=usable_cores(), finished=finished, on_done=keep)

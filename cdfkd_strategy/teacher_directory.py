@@ -80,27 +80,35 @@ def _file(k: int) -> str:
     return f"teacher-{k}.safetensors"
 
 
-def keep_teacher(directory: Path, k: int, model: nn.Module, about: Mapping[str, Any]) -> None:
-    """Keep the first teacher of several that is done, so that an interruption does not cost it.
+def keep_teacher(directory: Path, k: int, model: nn.Module, *, config: Mapping[str, Any], stats: Mapping[str, float]) -> None:
+    """Keep one teacher of several as soon as it is done, so that an interruption does not cost it. The directory has no index from now on.
 
     Args:
         directory: what `save_teachers` will finish.
         k: its number.
         model: the network.
-        about: plain values, for `about_kept_teacher`.
+        config: the configuration that it was trained with, as plain values.
+        stats: what `train_teacher` said.
     """
-    save_tensors(directory / _file(k), model.state_dict(), {TRAINING: json.dumps(about)})
+    (directory / INDEX).unlink(missing_ok=True)
+    save_tensors(directory / _file(k), model.state_dict(), {TRAINING: json.dumps({"config": dict(config), "stats": dict(stats)})})
 
 
-def about_kept_teacher(directory: Path, k: int) -> dict[str, Any] | None:
-    """What `keep_teacher` was told about a network; None if it has kept none.
+def about_kept_teacher(directory: Path, k: int) -> tuple[dict[str, Any], dict[str, float]] | None:
+    """The configuration and statistics that `keep_teacher` was given; None if it has kept no such teacher.
 
     Raises:
         CheckpointError: the file is broken.
     """
     path = directory / _file(k)
     about = load_metadata(path).get(TRAINING) if path.exists() else None
-    return None if about is None else dict(json.loads(about))
+    if about is None:
+        return None
+    try:
+        found = json.loads(about)
+        return dict(found["config"]), {"num_examples": found["stats"]["num_examples"], **found["stats"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not say how its teacher was trained; remove it, and that teacher is trained anew") from error
 
 
 def kept_teacher(directory: Path, k: int, arch: str, image: ImageSpec) -> nn.Module:

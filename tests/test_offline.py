@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cdfkd_strategy import cli, offline
+from cdfkd_strategy.checkpoint import save_tensors
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.distiller import METHODS
@@ -21,7 +22,7 @@ from cdfkd_strategy.report import markdown_report
 from cdfkd_strategy.run_config import RunConfig, from_values
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import read_summary
-from cdfkd_strategy.teacher_directory import keep_teacher, load_teachers
+from cdfkd_strategy.teacher_directory import INDEX, keep_teacher, load_teachers
 from cdfkd_strategy.types import Needs
 
 VALUES: dict[str, Any] = {
@@ -156,8 +157,16 @@ def test_an_interrupted_training_goes_on(teachers: Path, tmp_path: Path, capsys:
 def test_a_teacher_of_an_interrupted_training_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "usable_cores", lambda: 1)
     config = from_values(VALUES)
-    keep_teacher(tmp_path, 1, nn.Linear(2, 2), {"config": to_dict(config), "stats": {}})
+    (tmp_path / INDEX).touch()
+    keep_teacher(tmp_path, 1, nn.Linear(2, 2), config=to_dict(config), stats={"num_examples": 3.0})
+    assert not (tmp_path / INDEX).exists(), "a directory with an index is whole"
     with pytest.raises(CheckpointError, match=r"teacher-1\.safetensors does not hold a 'lenet_bn'"):
+        offline.write_teachers(config, tmp_path)
+    keep_teacher(tmp_path, 1, nn.Linear(2, 2), config=to_dict(config), stats={})
+    with pytest.raises(CheckpointError, match=r"teacher-1\.safetensors does not say how its teacher was trained; remove it"):
+        offline.write_teachers(config, tmp_path)
+    save_tensors(tmp_path / "teacher-1.safetensors", {}, {"training": "[no JSON"})
+    with pytest.raises(CheckpointError, match="does not say how"):
         offline.write_teachers(config, tmp_path)
     (tmp_path / "teacher-1.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"cannot read .*teacher-1\.safetensors"):
