@@ -78,7 +78,9 @@ def main() -> None:
         if (base, seed, candidate) not in known and any(part in f"{base}/{candidate}" for part in args.only):
             train(directory, base, seed, todo["validation_size"])
             distil(directory, candidate, [*overrides[:-1], f"{THREADS}{args.threads}"])
-    new = [row for row in distillation_rows(federations) if (row["federation"], row["seed"], row["candidate"]) not in known]
+    # another plan's candidates may lie beside them, distilled from the same teachers
+    found = [row for row in distillation_rows(federations) if row["overrides"].rstrip("0123456789") == wanted.get(row["candidate"])]
+    new = [row for row in found if (row["federation"], row["seed"], row["candidate"]) not in known]
     write_table(table, sorted([*kept, *new], key=lambda row: (row["federation"], int(row["seed"]), row["candidate"])))
 
 
@@ -112,7 +114,10 @@ def competence_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[s
 def distil(teachers: Path, candidate: str, overrides: list[str]) -> None:
     """Distil one candidate, unless its run is finished; an interrupted one goes on."""
     out = teachers / "distilled" / candidate.replace(" ", "_")
-    if (out / "summary.json").exists() and read_summary(out)["finished"]:
+    about = out / "candidate.json"
+    if about.exists():
+        if json.loads(about.read_text())["overrides"][:-1] != overrides[:-1]:
+            sys.exit(f"{out} has a candidate of this name with other settings; give it another name, or remove that directory")
         return
     print(f"== {out}: {' '.join(overrides)}", flush=True)
     todo = plan(teachers, overrides)
@@ -120,7 +125,7 @@ def distil(teachers: Path, candidate: str, overrides: list[str]) -> None:
         sys.exit("without the images there is nothing to judge by; put them where data.path or CDFKD_DATA says, and start again")
     out.mkdir(parents=True, exist_ok=True)
     distill_directory(todo, out, resume=True)
-    (out / "candidate.json").write_text(json.dumps({"candidate": candidate, "overrides": overrides}))
+    about.write_text(json.dumps({"candidate": candidate, "overrides": overrides}))
 
 
 def distillation_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[str, Any]]:

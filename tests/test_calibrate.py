@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 
-def run(repository: Path, where: Path, what: str, *more: str) -> subprocess.CompletedProcess[str]:
+def run(repository: Path, where: Path, what: str, *more: str, plan: str = "plan.yaml") -> subprocess.CompletedProcess[str]:
     script = repository / "simulations" / "calibrate.py"
-    arguments = [str(where / "plan.yaml"), what, "--runs", str(where / "runs"), "--results", str(where / "results"), *more]
+    arguments = [str(where / plan), what, "--runs", str(where / "runs"), "--results", str(where / "results"), *more]
     environment = os.environ | {"PYTHONPATH": str(repository)}
     return subprocess.run([sys.executable, str(script), *arguments], cwd=where, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
@@ -53,6 +53,16 @@ def test_federations_are_held_out_compared_and_distilled_once(repository: Path, 
     again = run(repository, tmp_path, "distillation")
     assert "==" not in again.stdout  # nothing is distilled twice
     assert table.read_text() == first
+
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(plan | {"name": "other", "candidates": {"quick student": ["method.student_lr=0.2"]}}))
+    (tmp_path / "clash.yaml").write_text(yaml.safe_dump(plan | {"name": "clash", "candidates": {"plain": ["method.student_lr=0.2"]}}))
+    assert run(repository, tmp_path, "distillation", plan="other.yaml").returncode == 0
+    assert [row["candidate"] for row in csv.DictReader((tmp_path / "results" / "other-distillation.csv").open())] == ["quick student"]
+    assert run(repository, tmp_path, "distillation").returncode == 0
+    assert table.read_text() == first, "another plan's candidates on the same teachers are not this one's"
+    clash = run(repository, tmp_path, "distillation", plan="clash.yaml")
+    assert clash.returncode != 0
+    assert "plain has a candidate of this name with other settings; give it another name" in clash.stderr
 
     (tmp_path / "runs").rename(tmp_path / "runs of another machine")
     assert run(repository, tmp_path, "distillation", "--threads", "1").returncode == 0
