@@ -35,6 +35,8 @@ class GeneratorConfig:
             does as the paper: yes at 32 px and 224 px, no at 128 px.
         output: "tanh" (CDFKD-MFS); "affine_norm": no tanh, and the last BatchNorm has a learned scale and shift per
             channel (ZSKT, arXiv:1905.09768); or "sigmoid": pixels in [0, 1], normalised like real ones (CMI, arXiv:2105.08584).
+        batch_norm_eps: of the BatchNorm layers behind convolutions; None does as the authors of CDFKD-MFS and DAFL: 0.8 below `LARGE_FROM` pixels
+            (it was meant as a momentum; it damps the normalisation and changes the images), torch's 1e-5 from there on. DFAD and ZSKT have 1e-5.
 
     Raises:
         ConfigError: a value is outside what is accepted.
@@ -44,10 +46,13 @@ class GeneratorConfig:
     width: float = 1.0
     final_norm: bool | None = None
     output: Literal["tanh", "affine_norm", "sigmoid"] = "tanh"
+    batch_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         require(self, "generator", "latent_dim", least=1)
         require(self, "generator", "width", above=0)
+        if self.batch_norm_eps is not None:
+            require(self, "generator", "batch_norm_eps", above=0)
         if self.output == "affine_norm" and self.final_norm is False:
             raise ConfigError("generator output is 'affine_norm' and final_norm is False; accepted: final_norm null or true with it")
         if self.output == "sigmoid" and self.final_norm:
@@ -139,16 +144,16 @@ def _tail(image: ImageSpec, config: GeneratorConfig, *, standardise: bool) -> li
 
 def _small_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:
     wide, narrow = config.channels(128), config.channels(64)
-    # eps=0.8 is the authors' (it was meant as a momentum); it damps the normalisation and changes the images: kept for parity.
+    eps = 0.8 if config.batch_norm_eps is None else config.batch_norm_eps
     return wide, [
         nn.BatchNorm2d(wide + extra),
         nn.Upsample(scale_factor=2),
         nn.Conv2d(wide + extra, wide, 3, padding=1),
-        nn.BatchNorm2d(wide, eps=0.8),
+        nn.BatchNorm2d(wide, eps=eps),
         nn.LeakyReLU(0.2, inplace=True),
         nn.Upsample(scale_factor=2),
         nn.Conv2d(wide, narrow, 3, padding=1),
-        nn.BatchNorm2d(narrow, eps=0.8),
+        nn.BatchNorm2d(narrow, eps=eps),
         nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(narrow, channels, 3, padding=1),
     ]
@@ -156,11 +161,12 @@ def _small_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int
 
 def _large_body(channels: int, config: GeneratorConfig, extra: int) -> tuple[int, list[nn.Module]]:
     widths = [config.channels(paper) for paper in (512, 256, 128, 64, 64)]
+    eps = 1e-5 if config.batch_norm_eps is None else config.batch_norm_eps
     layers: list[nn.Module] = [nn.BatchNorm2d(widths[0] + extra)]
     for narrow, wide in zip(widths[1:], [widths[0] + extra, *widths[1:]], strict=False):
         layers += [
             nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(narrow),
+            nn.BatchNorm2d(narrow, eps=eps),
             nn.LeakyReLU(0.2, inplace=True),
         ]
     return widths[0], [*layers, nn.Conv2d(widths[-1], channels, 3, padding=1)]

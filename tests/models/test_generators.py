@@ -35,9 +35,10 @@ def test_parameters_are_those_of_the_authors_generators(px, parameters):
     assert generator.latent_dim == 256
 
 
-def test_the_small_generator_equals_functional_calls_written_by_hand():
+@pytest.mark.parametrize(("own", "eps"), [(None, 0.8), (1e-5, 1e-5), (0.3, 0.3)])
+def test_the_small_generator_equals_functional_calls_written_by_hand(own, eps):
     torch.manual_seed(0)
-    generator = build_generator(ImageSpec(3, 12, 8, 10), GeneratorConfig(latent_dim=5, width=0.25)).double().train()
+    generator = build_generator(ImageSpec(3, 12, 8, 10), GeneratorConfig(latent_dim=5, width=0.25, batch_norm_eps=own)).double().train()
     parts = list(generator.body)
     norms = [part for part in parts if isinstance(part, nn.BatchNorm2d)]
     convs = [part for part in parts if isinstance(part, nn.Conv2d)]
@@ -47,16 +48,16 @@ def test_the_small_generator_equals_functional_calls_written_by_hand():
     z = torch.randn(6, 5, dtype=torch.double)
     x = (z @ generator.project.weight.T + generator.project.bias).reshape(6, 32, 3, 2)
     x = norm(x, norms[0], 1e-5)
-    x = F.leaky_relu(norm(F.conv2d(doubled(x), convs[0].weight, convs[0].bias, padding=1), norms[1], 0.8), 0.2)
-    x = F.leaky_relu(norm(F.conv2d(doubled(x), convs[1].weight, convs[1].bias, padding=1), norms[2], 0.8), 0.2)
+    x = F.leaky_relu(norm(F.conv2d(doubled(x), convs[0].weight, convs[0].bias, padding=1), norms[1], eps), 0.2)
+    x = F.leaky_relu(norm(F.conv2d(doubled(x), convs[1].weight, convs[1].bias, padding=1), norms[2], eps), 0.2)
     x = norm(torch.tanh(F.conv2d(x, convs[2].weight, convs[2].bias, padding=1)), None, 1e-5)
     torch.testing.assert_close(generator(z), x)
 
 
-@pytest.mark.parametrize("final_norm", [False, True])
-def test_the_large_generator_equals_functional_calls_written_by_hand(final_norm):
+@pytest.mark.parametrize(("final_norm", "own", "eps"), [(False, None, 1e-5), (True, None, 1e-5), (True, 0.3, 0.3)])
+def test_the_large_generator_equals_functional_calls_written_by_hand(final_norm, own, eps):
     torch.manual_seed(0)
-    config = GeneratorConfig(latent_dim=4, width=1 / 32, final_norm=final_norm)
+    config = GeneratorConfig(latent_dim=4, width=1 / 32, final_norm=final_norm, batch_norm_eps=own)
     generator = build_generator(ImageSpec(1, 64, 80, 10), config).double().train()
     state = generator.state_dict()
     kernels = [value for key, value in state.items() if key.startswith("body") and value.dim() == 4]
@@ -65,7 +66,7 @@ def test_the_large_generator_equals_functional_calls_written_by_hand(final_norm)
     z = torch.randn(3, 4, dtype=torch.double)
     x = norm((z @ generator.project.weight.T + generator.project.bias).reshape(3, 16, 4, 5), norms[0], 1e-5)
     for kernel, layer in zip(kernels[:4], norms[1:5], strict=True):
-        x = F.leaky_relu(norm(F.conv_transpose2d(x, kernel, stride=2, padding=1), layer, 1e-5), 0.2)
+        x = F.leaky_relu(norm(F.conv_transpose2d(x, kernel, stride=2, padding=1), layer, eps), 0.2)
     x = torch.tanh(F.conv2d(x, kernels[4], generator.body[-2 if not final_norm else -3].bias, padding=1))
     torch.testing.assert_close(generator(z), norm(x, None, 1e-5) if final_norm else x)
 
