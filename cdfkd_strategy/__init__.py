@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cdfkd_strategy.flower.strategy import CDFKDStrategy as CDFKDStrategy
     from cdfkd_strategy.models.head_fusion import fuse as fuse
     from cdfkd_strategy.models.multi_header import MultiHeaderStudent as MultiHeaderStudent
+    from cdfkd_strategy.run_config import resolve as resolve
     from cdfkd_strategy.student_io import load_student as load_student
     from cdfkd_strategy.teachers import TeacherEnsemble as TeacherEnsemble
     from cdfkd_strategy.types import ImageSpec as ImageSpec
@@ -35,6 +36,7 @@ _HOME = {
     "load_student": "student_io",
     "make_client_app": "flower.apps",
     "make_server_app": "flower.apps",
+    "resolve": "run_config",
 }
 
 __all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605

@@ -28,11 +28,11 @@ from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.plain_student import Student
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
-from cdfkd_strategy.run_config import RunConfig, from_values
+from cdfkd_strategy.run_config import WHERE, RunConfig, from_values
 from cdfkd_strategy.student_io import save_student
 from cdfkd_strategy.summary import SummaryWriter
-from cdfkd_strategy.teacher_directory import TeacherSet, about_kept_teacher, keep_teacher, kept_teacher, load_teachers, save_teachers
-from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec
+from cdfkd_strategy.teacher_directory import TeacherSet, about_kept_teacher, keep_teacher, kept_teacher, load_teachers, teacher_file, write_index
+from cdfkd_strategy.teachers import TeacherEnsemble, TeacherSpec, state_hash
 from cdfkd_strategy.types import Extras, ImageSpec
 from cdfkd_strategy.warm_start import chosen_student
 
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 FIXED = ("data", "clients")
 """Parts of a configuration that the teachers in a directory were made with; only ``data.path`` may change afterwards."""
 
-MAY_DIFFER = ("data.path", "clients.device", "clients.num_cpus")
-"""Settings of data and clients that say where, and not what."""
+DISTILLED_WITH = ("server.weights", "server.transfer_set")
+"""Settings of the server that a distillation without Flower looks at."""
 
 PROXY_IMAGES = 50_000
 """Images at most that a method which declares real ones is given; as float32, 50,000 of 32 x 32 pixels in colour take 600 MB."""
@@ -67,14 +67,17 @@ def plan(directory: Path, overrides: Iterable[str]) -> Plan:
         overrides: ``key=value`` on the directory's configuration.
 
     Raises:
-        ConfigError: an override changes what the teachers were made with, or asks for label counts that nobody disclosed; or there are several
-            processes, and the method needs one.
+        ConfigError: an override changes what the teachers were made with, or is about a federation; it asks for label counts that nobody disclosed; or
+            there are several processes, and the method needs one.
         NeedsError: the method needs something that there is not.
     """
     overrides = list(overrides)
     made_with = [item for item in overrides if item.partition(".")[0] in FIXED and not item.startswith("data.path=")]
     if made_with:
         raise ConfigError(f"{', '.join(made_with)}: the teachers in {directory} were made with another value; train others with `cdfkd teachers`")
+    federated = [item for item in overrides if item.startswith("server.") and item.partition("=")[0] not in DISTILLED_WITH]
+    if federated:
+        raise ConfigError(f"{', '.join(federated)}: there are no rounds and no clients without Flower; accepted: {', '.join(DISTILLED_WITH)} (or `cdfkd run`)")
     teachers = load_teachers(directory)
     config = from_values(teachers.config, overrides)
     if config.engine.resident_teachers or (config.engine.shard_teachers and parallel.size() > 1):
@@ -175,7 +178,7 @@ def check_made_with(made: Mapping[str, Any], config: RunConfig, where: Path) -> 
     different = [(f"{part}.{key}", theirs[part][key], value) for part in FIXED for key, value in mine[part].items() if theirs[part][key] != value]
     different += [("seed", theirs["seed"], config.seed)] if theirs["seed"] != config.seed else []
     for key, there, here in different:
-        if key not in MAY_DIFFER:
+        if key not in WHERE:
             raise CheckpointError(f"the teachers in {where} were made with {key}={there!r}, not {here!r}; name another directory for teachers")
 
 
@@ -208,12 +211,15 @@ def write_teachers(config: RunConfig, out: Path) -> ImageData:
 
     out.mkdir(parents=True, exist_ok=True)
     trained = train_all(clients, data, config.data, data.image, config.seed, workers=usable_cores(), finished=finished, on_done=keep)
-    specs = tuple(TeacherSpec(str(k), clients.architecture(k), int(teacher.stats["num_examples"])) for k, teacher in enumerate(trained))
+    specs = tuple(
+        TeacherSpec(str(k), clients.architecture(k), int(teacher.stats["num_examples"]), state_hash(teacher.model.state_dict()))
+        for k, teacher in enumerate(trained)
+    )
     counts = train_label_counts(data, config.data, clients.count, config.seed).tolist()
     disclosed = counts if config.server.weights == LABEL_COUNTS else None
     if disclosed is not None:
         logger.info(DISCLOSED)
-    save_teachers(out, TeacherSet(specs, [teacher.model for teacher in trained], data.image, config.seed, to_dict(config), counts, disclosed))
+    write_index(out, TeacherSet(specs, [], data.image, config.seed, to_dict(config), counts, disclosed), [teacher_file(k) for k in range(clients.count)])
     return data
 
 

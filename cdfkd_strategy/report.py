@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cdfkd_strategy.bench.table import entries, markdown_table
+from cdfkd_strategy.bench.table import entries, markdown_table, mixed_note
 from cdfkd_strategy.checkpoint import write_json, write_text
 from cdfkd_strategy.errors import CDFKDError
 from cdfkd_strategy.metrics.spread import spread
 from cdfkd_strategy.provenance import machine_words, short_commit
-from cdfkd_strategy.summary import BENCH, FILE_NAME, discloses_counts, origins, read_summary
+from cdfkd_strategy.summary import BENCH, FILE_NAME, discloses_counts, origins, read_summary, same_settings
 
 Summary = Mapping[str, Any]
 
@@ -98,6 +98,7 @@ def study_table(summaries: Sequence[Summary], study: str) -> str:
     opted = dict.fromkeys(item["cell"] for item in mine if discloses_counts(item))
     if opted:
         note += f" In {', '.join(opted)} clients disclosed their label counts, and the weights called estimated come from them."
+    note += mixed_note({cell: runs for cell, runs in cells.items() if not same_settings(runs)})
     return "\n".join([*lines, "", note, "", *_after_each_round(cells)])
 
 

@@ -20,6 +20,9 @@ from cdfkd_strategy.warm_start import Heads, Init
 PATIENCE = ("node_wait", "timeout", "min_teachers", "min_available_nodes")
 """Keys of ``server`` that may differ when a run is continued: what an interrupted run is told to change."""
 
+WHERE = ("data.path", "clients.device", "clients.num_cpus")
+"""Settings that say where, and not what: teachers and runs do not become others by them."""
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -63,9 +66,7 @@ class ServerConfig:
         require(self, "server", "max_teacher_age", least=0)
         require(self, "server", "fraction_train", above=0, most=1, why="without teachers there is no student")
         require(self, "server", "fraction_evaluate", least=0, most=1)
-        for name in ("timeout", "node_wait"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"server.{name} is {getattr(self, name)} seconds; accepted: more than 0")
+        require(self, "server", "timeout", "node_wait", above=0, why="seconds")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from cdfkd_strategy.competence import LABEL_COUNTS
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CDFKDError, CheckpointError
 from cdfkd_strategy.provenance import commit, hardware, versions
-from cdfkd_strategy.run_config import PATIENCE, RunConfig, from_values
+from cdfkd_strategy.run_config import PATIENCE, WHERE, RunConfig, from_values
 
 FILE_NAME = "summary.json"
 
@@ -192,14 +192,14 @@ def discloses_counts(summary: Mapping[str, Any]) -> bool:
 def check_same_config(saved: Mapping[str, Any], config: RunConfig) -> None:
     """Compare the configuration of an earlier start of a run with this one.
 
-    ``engine`` may differ (a checkpoint brings its own runtime), and so may what only says how long to wait (`PATIENCE`).
+    ``engine`` may differ (a checkpoint brings its own runtime), and so may what only says how long to wait (`PATIENCE`), or where (`WHERE`).
 
     Raises:
         CheckpointError: they differ; the message names the first differing key.
     """
     mine, saved = json.loads(json.dumps(to_dict(config))), _completed(saved)
-    for key in PATIENCE:
-        saved["server"][key] = mine["server"][key]
+    for part, _, key in (name.partition(".") for name in (*(f"server.{key}" for key in PATIENCE), *WHERE)):
+        saved[part] = {**(saved.get(part) or {}), key: mine[part][key]}
     for key, value in mine.items():
         if key != "engine" and saved.get(key) != value:
             where, there, here = _difference(key, saved.get(key), value)
@@ -217,13 +217,22 @@ def is_same_config(saved: Mapping[str, Any], config: RunConfig) -> bool:
     return True
 
 
+def same_settings(summaries: Sequence[Mapping[str, Any]]) -> bool:
+    """Do the configurations of these runs differ in their seeds alone, and in what `check_same_config` lets differ?"""
+    first, *others = [summary["config"] for summary in summaries]
+    try:
+        return all(is_same_config(first, from_values({**other, "seed": first["seed"]})) for other in others)
+    except CDFKDError:  # settings or methods that this version does not have: as they stand
+        return all({**other, "seed": first["seed"], "engine": first.get("engine")} == first for other in others)
+
+
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with the defaults of settings that its version did not have yet."""
     try:
         values = json.loads(json.dumps(to_dict(from_values(saved))))
     except CDFKDError:  # it has settings that are no more: whatever differs is named in its own terms
         values = dict(saved)
-    return {**values, "server": dict(values.get("server") or {})}
+    return values
 
 
 def _difference(where: str, there: Any, here: Any) -> tuple[str, Any, Any]:

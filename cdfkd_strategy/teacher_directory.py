@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cdfkd_strategy.checkpoint import load_metadata, load_tensors, save_tensors, write_json
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.errors import CheckpointError, ConfigError
-from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.classifiers import ARCHITECTURES, build_classifier
 from cdfkd_strategy.seeding import seeded_scope
 from cdfkd_strategy.teachers import TeacherSpec, state_hash
 from cdfkd_strategy.types import ImageSpec
@@ -22,7 +22,7 @@ from cdfkd_strategy.types import ImageSpec
 INDEX = "teachers.json"
 FORMAT = 1
 TRAINING = "training"
-"""Metadata of a teacher's file in a directory without an index: how that teacher came about. In a finished directory the index says it."""
+"""Metadata of a teacher's file: how that teacher came about, for as long as the directory has no index, which then says it."""
 
 _SPEC_KEYS = {"key", "arch", "file", "sha256", "num_samples"}
 
@@ -70,13 +70,14 @@ def save_teachers(directory: Path, teachers: TeacherSet) -> TeacherSet:
     for k, (spec, model) in enumerate(zip(teachers.specs, teachers.models, strict=True)):
         state = model.state_dict()
         specs.append(replace(spec, sha256=state_hash(state)))
-        save_tensors(directory / _file(k), state)
+        save_tensors(directory / teacher_file(k), state)
     written = replace(teachers, specs=tuple(specs))
-    write_index(directory, written, [_file(k) for k in range(len(specs))])
+    write_index(directory, written, [teacher_file(k) for k in range(len(specs))])
     return written
 
 
-def _file(k: int) -> str:
+def teacher_file(k: int) -> str:
+    """The name of teacher k's file."""
     return f"teacher-{k}.safetensors"
 
 
@@ -84,14 +85,14 @@ def keep_teacher(directory: Path, k: int, model: nn.Module, *, config: Mapping[s
     """Keep one teacher of several as soon as it is done, so that an interruption does not cost it. The directory has no index from now on.
 
     Args:
-        directory: what `save_teachers` will finish.
+        directory: what `write_index` will finish.
         k: its number.
         model: the network.
         config: the configuration that it was trained with, as plain values.
         stats: what `train_teacher` said.
     """
     (directory / INDEX).unlink(missing_ok=True)
-    save_tensors(directory / _file(k), model.state_dict(), {TRAINING: json.dumps({"config": dict(config), "stats": dict(stats)})})
+    save_tensors(directory / teacher_file(k), model.state_dict(), {TRAINING: json.dumps({"config": dict(config), "stats": dict(stats)})})
 
 
 def about_kept_teacher(directory: Path, k: int) -> tuple[dict[str, Any], dict[str, float]] | None:
@@ -100,7 +101,7 @@ def about_kept_teacher(directory: Path, k: int) -> tuple[dict[str, Any], dict[st
     Raises:
         CheckpointError: the file is broken.
     """
-    path = directory / _file(k)
+    path = directory / teacher_file(k)
     about = load_metadata(path).get(TRAINING) if path.exists() else None
     if about is None:
         return None
@@ -117,7 +118,7 @@ def kept_teacher(directory: Path, k: int, arch: str, image: ImageSpec) -> nn.Mod
     Raises:
         CheckpointError: the file is broken, or does not hold this architecture.
     """
-    path = directory / _file(k)
+    path = directory / teacher_file(k)
     return _network(path, arch, image, load_tensors(path))
 
 
@@ -203,6 +204,11 @@ def _load(directory: Path, entry: Mapping[str, Any], image: ImageSpec, *, mapped
     if Path(name).name != name:
         raise CheckpointError(f"teacher file {name!r}; accepted: a file name inside {directory}")
     path = directory / name
+    if entry["arch"] not in ARCHITECTURES:
+        raise CheckpointError(
+            f"the teacher in {path} is a {entry['arch']!r}, which is no registered architecture; "
+            "a network of your own can be distilled by `distill` in Python, with a TeacherEnsemble of it"
+        )
     state = load_tensors(path)
     model = _network(path, entry["arch"], image, state, mapped=mapped)
     found = state_hash(state)

@@ -171,6 +171,11 @@ def test_errors_are_one_clear_line_and_status_2(capsys: pytest.CaptureFixture[st
         (["distill", "--teachers", full, "--out", missing], "holds no teachers.json"),
         (["distill", "--teachers", teachers, "--method", "best", "--out", missing], "unknown method 'best'"),
         (["distill", "--teachers", teachers, "data.partition.alpha=9", "--out", missing], "train others with `cdfkd teachers`"),
+        (
+            ["distill", "--teachers", teachers, "server.rounds=3", "--out", missing],
+            "server.rounds=3: there are no rounds and no clients without Flower; accepted",
+        ),
+        (["teachers", "digits", "--out", full / "precious.txt" / "sub"], "cannot read or write: [Errno 20] Not a directory"),
         (["report", missing], "there is no directory"),
         (["report", full], "there is no summary.json in or below"),
     ]

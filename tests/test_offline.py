@@ -154,6 +154,21 @@ def test_an_interrupted_training_goes_on(teachers: Path, tmp_path: Path, capsys:
     assert trained == [0, 1]
 
 
+def test_an_interruption_before_the_index_is_written_costs_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "usable_cores", lambda: 1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "write_index", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            offline.write_teachers(from_values(VALUES), tmp_path)
+    monkeypatch.setattr(all_clients, "_train_job", interrupted)
+    offline.write_teachers(from_values(VALUES), tmp_path)
+    assert len(load_teachers(tmp_path).models) == 2
+
+
 def test_a_teacher_of_an_interrupted_training_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "usable_cores", lambda: 1)
     config = from_values(VALUES)

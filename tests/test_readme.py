@@ -7,8 +7,6 @@ import importlib
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -100,22 +98,6 @@ def test_student_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runner = doctest.DocTestRunner(verbose=False)
     runner.run(test)
     assert runner.failures == 0
-
-
-def test_server_app_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    calls = []
-
-    def start(self: Any, grid: object, **options: Any) -> SimpleNamespace:
-        calls.append((self.options.architecture, grid, options))
-        return SimpleNamespace(arrays="the student's arrays")
-
-    monkeypatch.setattr("cdfkd_strategy.flower.strategy.CDFKDStrategy.start", start)
-    names: dict[str, Any] = {}
-    exec(block_with("ServerApp()", "python"), names)
-    names["main"]("the grid", None)
-    assert calls == [("resnet8", "the grid", {"num_rounds": 1})]
-    assert "the student's arrays" in capsys.readouterr().out
 
 
 def test_method_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_a_cell_is_the_mean_and_deviation_of_the_last_round(results: Path) -> No
     assert " cores" in table
 
 
+def test_runs_of_other_settings_in_one_cell_are_named(results: Path) -> None:
+    assert "differ in more" not in study_table(find_results(results), "s")
+    writer = SummaryWriter(results / "s" / "a-seed2", from_values({"study": "s", "cell": "a", "seed": 2, "clients": {"epochs": 77}}))
+    writer.round(1, {"student_merged": 0.5, "teachers": [0.2]}, seconds={"distill": 1.0}, runtime={"device": "cpu"})
+    writer.finish("schedule")
+    assert "**The runs of a differ in more than their seeds: run the older ones anew.**" in study_table(find_results(results), "s")
+
+
 def test_cells_of_several_rounds_show_every_round(results: Path) -> None:
     run(results / "s" / "c-seed0", "c", 0, 0.8, student_merged=None)
     lines = study_table(find_results(results), "s").splitlines()

@@ -184,7 +184,7 @@ def set_first(name: str, value: object) -> Any:
         (lambda index: index["oracle"].update(label_counts=[[1, 2]]), "oracle label counts"),
         (lambda index: index["disclosed"].update(label_counts=[[1, 2]]), "disclosed label counts"),
         (set_first("key", "1"), "each with its own key"),
-        (set_first("arch", "no_such_net"), "unknown architecture 'no_such_net'"),
+        (set_first("arch", "no_such_net"), "is a 'no_such_net', which is no registered architecture"),
         (set_first("file", "../teacher-0.safetensors"), "a file name inside"),
         (set_first("num_samples", "many"), "num_samples"),
         (lambda index: index["teachers"][0].pop("sha256"), "it has no 'sha256'"),

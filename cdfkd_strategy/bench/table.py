@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from cdfkd_strategy.checkpoint import write_text
 from cdfkd_strategy.errors import CDFKDError, MissingExtraError
 from cdfkd_strategy.metrics.spread import spread
 from cdfkd_strategy.provenance import machine_words, short_commit
-from cdfkd_strategy.summary import origins
+from cdfkd_strategy.summary import origins, same_settings
 
 Summary = Mapping[str, Any]
 
@@ -144,7 +144,14 @@ def markdown_table(runs: Sequence[Entry]) -> str:
         "without evaluation. Generator steps are all optimiser steps that are not the student's. Peak memory in MB, of a process of its own. Class entropy "
         f"(nats, at most ln C) of the ensemble's classes of {ENTROPY_IMAGES} synthetic images. Measured on {'; '.join(machines)}. Commit {', '.join(commits)}."
     )
+    note += mixed_note(" ".join(place) for place, some in places.items() if not same_settings([run.summary for run in some]))
     return "\n".join([*lines, "", note, "", *_failures(runs)])
+
+
+def mixed_note(rows: Iterable[str]) -> str:
+    """What a caption says of rows whose runs are not of the same settings; nothing if there are none."""
+    named = ", ".join(rows)
+    return f" **The runs of {named} differ in more than their seeds: run the older ones anew.**" if named else ""
 
 
 def _row(place: tuple[str, str], runs: Sequence[Entry], extra: Sequence[str], *, attention: bool) -> list[str]:

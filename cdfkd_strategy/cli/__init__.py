@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `cdfkd methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # no directory, no permission, no space
+        print(f"cdfkd: error: cannot read or write: {error}; what is finished stays where it is", file=sys.stderr)
+        return ERROR
     return 0
 
 

@@ -104,11 +104,15 @@ def check_federated(config: RunConfig) -> None:
     settings: tuple[tuple[str, object, object], ...] = (
         ("student.heads", config.student.heads, "per_teacher"),
         ("clients.init", config.clients.init, "common"),
+        ("clients.device", config.clients.device, "cpu"),
         ("server.transfer_set", config.server.transfer_set, None),
     )
     for name, value, accepted in settings:
         if value != accepted:
-            raise ConfigError(f"{name} is {value!r}; accepted with Flower: {accepted!r} (`cdfkd teachers`, `cdfkd distill` and `cdfkd bench` take the others)")
+            hint = '; a SuperNode\'s is in its --node-config, device="cuda"' if name == "clients.device" else ""
+            raise ConfigError(
+                f"{name} is {value!r}; accepted with Flower: {accepted!r}{hint} (`cdfkd teachers`, `cdfkd distill` and `cdfkd bench` take the others)"
+            )
 
 
 def make_strategy(config: RunConfig, image: ImageSpec, harness: Harness, out: Path | None, *, resume: bool) -> CDFKDStrategy:

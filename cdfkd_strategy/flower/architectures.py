@@ -42,6 +42,11 @@ class Architectures:
     """
 
     def __init__(self, default: str | Callable[[], nn.Module], accepted: Iterable[str] | None, image: ImageSpec, seed: int) -> None:
+        if isinstance(default, nn.Module):
+            raise ArchitectureError(
+                f"the default architecture is a network, a {type(default).__name__}; accepted: a registered name, or what makes a network without arguments, "
+                "such as its class"
+            )
         self._build = None if isinstance(default, str) else default
         self.default = architecture_name(default)
         self.accepted = {ARCHITECTURES[name].name for name in (accepted or ())} | {self.default}
@@ -133,6 +138,9 @@ class Architectures:
             model = self.build(self.default).eval()
             with torch.no_grad():
                 shape = tuple(model(torch.zeros(2, *self.image.shape)).shape)
+        except TypeError as error:
+            what = f"the default architecture {self.default!r} cannot be made, or used"
+            raise ArchitectureError(f"{what}: {error}; accepted: a class or function without arguments") from error
         except (UploadError, RuntimeError, ValueError) as error:
             raise ArchitectureError(f"the default architecture {self.default!r} cannot take images of {self.image.shape}: {error}") from error
         if shape != (2, self.image.num_classes):

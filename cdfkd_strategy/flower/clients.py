@@ -39,14 +39,16 @@ class Clients:
         self.roster = Roster(options.image.num_classes)
         self.exchange = Exchange()
 
-    def wait(self, grid: Grid, usable: int) -> list[int]:
+    def wait(self, grid: Grid, usable: int, fresh: int) -> list[int]:
         """The nodes of a round: as many as are expected or, when the time is up, no fewer than the round can do with.
 
-        That is the least: a node may turn out to be the client of a teacher that the round has already.
+        That is the least: a node may turn out to be the client of a teacher that the round has already. A round that was interrupted and has all that
+        it needs, of its own, can do without any.
 
         Args:
             grid: of the run.
             usable: teachers that the round has already: those that it may use again.
+            fresh: how many of them were trained in this round, before it was interrupted.
 
         Raises:
             TooFewTeachersError: there are too few.
@@ -56,7 +58,9 @@ class Clients:
         if least is None:
             least = max(options.min_teachers - usable, 1)
         least = max(least, options.min_train_nodes)
-        return wait_for_nodes(grid, max(least, options.expected_nodes or 0), options.node_wait, least)
+        wanted = max(least, options.expected_nodes or 0)
+        enough = fresh >= options.min_teachers and options.min_available_nodes is None
+        return wait_for_nodes(grid, wanted, options.node_wait, 0 if enough else least)
 
     def connected(self, grid: Grid, nodes: list[int], config: ConfigRecord, server_round: int, num_rounds: int, timeout: float | None) -> list[Client]:
         """Who is behind these nodes, sorted by key; nodes not known yet are asked, where it matters.
@@ -146,10 +150,11 @@ class Clients:
         )
         return upload, good.state
 
-    def read_evaluations(self, replies: Iterable[Message], server_round: int) -> tuple[list[RecordDict], list[AttentionFit]]:
-        """Metrics and attention fits of evaluate replies, sorted by client key; what is malformed is logged and left out."""
+    def read_evaluations(self, replies: Iterable[Message], server_round: int) -> tuple[list[RecordDict], list[AttentionFit], dict[str, str]]:
+        """Metrics and attention fits of evaluate replies, sorted by client key; what is malformed or missing, by client key, is logged and left out."""
         metrics: dict[str, RecordDict] = {}
         fits: dict[str, AttentionFit] = {}
+        missing: dict[str, str] = {}
         for reply in replies:
             _, _, key = self.behind(reply)
             try:
@@ -161,7 +166,9 @@ class Clients:
                     fits[key] = fit
             except UploadError as error:
                 logger.warning("round %d: of client %s's evaluation something is not used: %s", server_round, key, error)
-        return [metrics[key] for key in sorted(metrics, key=client_order)], [fits[key] for key in sorted(fits, key=client_order)]
+                missing[key] = str(error)
+        missing |= dict.fromkeys(self.silent(()), "no reply")
+        return [metrics[key] for key in sorted(metrics, key=client_order)], [fits[key] for key in sorted(fits, key=client_order)], missing
 
 
 def _content(reply: Message) -> RecordDict:

@@ -24,11 +24,11 @@ from cdfkd_strategy.warm_start import Init, check_student
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
-_NO_RESULT = {
+NO_RESULT = {
     *("engine", "watch", "run_dir", "resume", "node_wait", "identify", "keys", "train_metrics", "evaluate_metrics"),
-    *("min_teachers", "min_available_nodes", "expected_nodes"),
+    *("min_teachers", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes", "expected_nodes"),
 }
-"""Settings that may differ when a run is continued: they do not change what is computed."""
+"""Settings that may differ when a run is continued: they do not change what is computed of what clients send."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,17 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """Plain values of everything on which the result depends."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NO_RESULT}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NO_RESULT}
         named = {"method": self.distiller.name, "architecture": architecture_name(self.architecture)}
         return {**{key: to_dict(value) for key, value in values.items()}, **named}
+
+    def run_config(self) -> dict[str, Any]:
+        """The settings as a run configuration, for a strategy that was not made from one: what `cdfkd distill` goes by on its uploads."""
+        named = {"architectures": [self.architecture]} if isinstance(self.architecture, str) else {}
+        student = {"backbone": self.student, "max_width": self.student_max_width, "init": self.student_init, "stages": self.student_stages}
+        method = {"name": self.distiller.name, **to_dict(self.method_config)}
+        own = {"data": {"name": None, "image": to_dict(self.image)}, "clients": named, "server": {"weights": self.weights}}
+        return {"seed": self.seed, **own, "student": student, "method": method, "engine": to_dict(self.engine)}
 
     def disclosures(self, num_rounds: int) -> list[str]:
         """What leaves the clients, and what clients see of one another, in words."""

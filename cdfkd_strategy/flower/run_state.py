@@ -19,6 +19,9 @@ from cdfkd_strategy.checkpoint import drop_state, write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.directory_lock import hold
 from cdfkd_strategy.errors import CheckpointError
+from cdfkd_strategy.flower.options import NO_RESULT
+from cdfkd_strategy.flower.payload import RUN_CONFIG
+from cdfkd_strategy.run_config import WHERE
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.summary import finite
 
@@ -37,7 +40,8 @@ class RoundRecord:
         seconds: spent so far on "clients", "distill" and "evaluate", restarts included.
         bytes: "up" from and "down" to the clients so far, array payload only.
         quarantined: client key -> why its upload was not used; node id -> why the node was not asked for one.
-        silent: keys of clients that were asked and did not answer.
+        silent: keys of clients that were asked for a teacher and did not answer.
+        unevaluated: client key -> why there is no evaluation of the client, or why something of it was not used; what no client was asked for is not here.
         train: aggregated metrics of the train replies.
         evaluate_clients: aggregated metrics of the evaluate replies.
         evaluate_server: metrics of ``evaluate_fn``.
@@ -51,6 +55,7 @@ class RoundRecord:
     bytes: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     quarantined: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    unevaluated: dict[str, str] = field(default_factory=dict)
     train: dict[str, Any] | None = None
     evaluate_clients: dict[str, Any] | None = None
     evaluate_server: dict[str, Any] | None = None
@@ -133,7 +138,8 @@ class RunDirectory:
         if self.path is None or not (self.path / STATE_FILE).exists():
             return RunState(mine, runtime())
         state = _read(self.path / STATE_FILE)
-        different = sorted(key for key in {*mine, *state.settings} if mine.get(key) != state.settings.get(key))
+        names = {*mine, *state.settings} - NO_RESULT
+        different = sorted(key for key in names if _without_places(mine.get(key)) != _without_places(state.settings.get(key)))
         if different:
             key = different[0]
             raise CheckpointError(
@@ -157,6 +163,16 @@ class RunDirectory:
         if server_round > 1 and (self.path / "losses.csv").exists():
             (self.path / "losses.csv").replace(self.path / f"losses-round{server_round - 1}.csv")
         drop_state(self.path / "checkpoint")
+
+
+def _without_places(setting: Any) -> Any:
+    """A setting as it is, but for the places in the configuration that clients are sent (`WHERE`), which may change."""
+    if not isinstance(setting, Mapping) or not isinstance(text := setting.get(RUN_CONFIG), str):
+        return setting
+    config = json.loads(text)
+    for part, _, key in (name.partition(".") for name in WHERE):
+        config.get(part, {}).pop(key, None)
+    return {**setting, RUN_CONFIG: config}
 
 
 def _unfinished(file: Path) -> bool:

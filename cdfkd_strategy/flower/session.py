@@ -51,7 +51,7 @@ class Session:
         self.clients = Clients(options, self.architectures)
         self.distilled = Distilled()
         self.attention: HeadAttention | None = None
-        self.run_config: dict[str, Any] = {}  # behind the settings, as plain values, for the index of the uploads
+        self.run_config = options.run_config()  # behind the settings, as plain values, for the index of the uploads
         self.num_rounds = 1
         self.timeout: float | None = 3600.0
         self.runtime = Runtime()
@@ -141,7 +141,8 @@ class Session:
             return []
         self.clients.roster.pardon()
         options = self.options
-        nodes = self.clients.wait(grid, len(self._live()))
+        live = self._live()
+        nodes = self.clients.wait(grid, len(live), sum(self.uploads.trained_in[key] == server_round for key in live))
         clients = self.clients.connected(grid, nodes, config, server_round, self.num_rounds, self.timeout)
         self._nodes = nodes
         self.state.record.quarantined.update(self.clients.roster.refused(nodes))
@@ -289,9 +290,10 @@ class Session:
             logger.warning("evaluating with fewer nodes: %s", error)
             nodes = sorted(grid.get_node_ids())
         clients = self.clients.connected(grid, nodes, config, server_round, self.num_rounds, self.timeout)
-        able = [client for client in clients if self._speaks(client)]
-        if len(able) < len(clients):
-            count = len(clients) - len(able)
+        there = [client for client in clients if client.key not in self.state.record.silent]  # the others may still be training
+        able = [client for client in there if self._speaks(client)]
+        if len(able) < len(there):
+            count = len(there) - len(able)
             logger.info("%d clients do not evaluate: they did not say who they are (a ConfigRecord 'teacher'), so they cannot know the student", count)
         student, broadcast = self._broadcast()
         content = payload.request(student if self.distilled.single is not None else arrays, config, server_round, broadcast=broadcast, keys=options.keys)
@@ -301,7 +303,7 @@ class Session:
     def evaluations(self, replies: Iterable[Message]) -> MetricRecord | None:
         """Average what the clients measured, and the attention over heads that they fitted."""
         state = self.state
-        contents, fits = self.clients.read_evaluations(replies, state.round)
+        contents, fits, state.record.unevaluated = self.clients.read_evaluations(replies, state.round)
         self.attention = mean_attention(fits, self.options.image.num_classes)
         state.attention = None if self.attention is None else attention_parameters(self.attention)
         metrics = self.options.evaluate_metrics(contents, self.options.keys.weight) if contents else None

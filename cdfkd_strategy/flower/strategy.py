@@ -280,5 +280,17 @@ class CDFKDStrategy(Strategy):
             messages = self.configure_evaluate(server_round, arrays, evaluate_config, grid)
             self.aggregate_evaluate(server_round, session.clients.exchange.ask(grid, messages, timeout))
             session.finish_round(None if evaluate_fn is None else partial(evaluate_fn, server_round, arrays))
+            _log_metrics(self.rounds[-1])
         logger.info("Strategy execution finished in %.2f s", time.monotonic() - started)
         return session.result()
+
+
+def _log_metrics(record: RoundRecord) -> None:
+    """What was measured in a round, as Flower's own strategies say it."""
+    for what, metrics in (("train", record.train), ("clients' evaluation", record.evaluate_clients), ("server's evaluation", record.evaluate_server)):
+        if metrics:
+            logger.info("\t├──> Round %d, %s: %s", record.round, what, ", ".join(f"{name} {_in_short(value)}" for name, value in metrics.items()))
+
+
+def _in_short(value: Any) -> str:
+    return f"[{', '.join(map(_in_short, value))}]" if isinstance(value, list) else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -29,6 +29,8 @@ Deviations:
 - A student with one header takes the fused ensemble as its target in both terms, which are then equal.
 - ``mode="paper"`` takes the natural logarithm in the entropy: the same as ``entropy_weight`` times 2.303. That the paper's
   text says so is a *reconstruction*; ``mode="code"``, the default, is what the published weights belong to.
+- f is the input of the last linear layer, as in the authors' ResNets; their LeNet-5 gives the 120 (60 in the small one) values behind its last
+  convolution, two layers earlier, so that on LeNet the published ``activation_weight`` belongs to another layer.
 - ``p log p`` of a class that underflows is NaN in the authors' code; here the batch mean is taken in log space.
 - The student is this project's multi-header student; theirs owns its whole last stage per header.
 

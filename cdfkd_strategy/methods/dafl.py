@@ -20,6 +20,8 @@ Deviations:
 - Several teachers (the paper has one): the terms of L_G are means over the teachers of the terms of each, and do not use
   class weights. Header k imitates teacher k, and a student with one header imitates the ensemble fused with the teachers'
   class weights; one teacher is the paper's case.
+- f is the input of the last linear layer, as in the authors' ResNets; their LeNet-5 gives the 120 values behind its last
+  convolution, two layers earlier, so that on LeNet the published ``activation_weight`` belongs to another layer.
 - ``p log p`` of a class that underflows is NaN in the authors' code; here the batch mean is taken in log space.
 - The last epoch counts; the authors keep the epoch that is best on test images.
 

@@ -10,14 +10,16 @@ import torch
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.bench.config import BenchConfig, resolve_bench
+from cdfkd_strategy.bench.record import record_of
 from cdfkd_strategy.bench.running import _check_teachers
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.engine import distill
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.methods import METHODS, get_method
 from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.report import find_results
 from cdfkd_strategy.run_config import bench_names
-from cdfkd_strategy.summary import read_summary
+from cdfkd_strategy.summary import check_same_config, read_summary
 from cdfkd_strategy.teacher_directory import load_teachers
 from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import Extras, ImageSpec
@@ -80,6 +82,18 @@ def test_committed_teachers_are_those_of_their_study_and_of_its_results() -> Non
         hashes = [spec.sha256 for spec in load_teachers(home).specs]
         for path in (SIMULATIONS / "results" / home.parent.name / run.cell).glob(f"*-seed{run.seed}"):
             assert read_summary(path)["bench"]["teachers"] == hashes, path
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_committed_results_are_of_the_settings_that_their_study_names(name: str) -> None:
+    """A table must not say of a row what another row was made with; a changed row is run again."""
+    runs = {(run.cell, run.row, run.seed): run.config for run in resolve_bench(name).runs}
+    for summary in find_results(SIMULATIONS / "results" / name) if (SIMULATIONS / "results" / name).is_dir() else ():
+        record = record_of(summary)
+        assert record is not None
+        where = (summary["cell"], record.row, summary["seed"])
+        assert where in runs, where
+        check_same_config(summary["config"], runs[where])
 
 
 @pytest.mark.parametrize("name", ["cifar10_methods", "mnist_methods"])

@@ -24,8 +24,8 @@ REQUIRED = (
 )
 
 
-def run(directory: Path, row: str, seed: int, merged: float, *, attention: float | None = None, **record: Any) -> Path:
-    writer = SummaryWriter(directory, from_values({"study": "s", "cell": "c", "seed": seed}))
+def run(directory: Path, row: str, seed: int, merged: float, *, attention: float | None = None, config: dict[str, Any] | None = None, **record: Any) -> Path:
+    writer = SummaryWriter(directory, from_values({"study": "s", "cell": "c", "seed": seed, **(config or {})}))
     if "error" not in record:
         accuracy = {"teachers": [0.8, 0.9], "ensemble_uniform": 0.91, "ensemble_estimated": 0.92, "ensemble_oracle": 0.93, "student_merged": merged}
         if attention is not None:
@@ -90,6 +90,15 @@ def test_attention_over_headers_has_a_column_where_there_is_any(runs: Path) -> N
     assert cells["heads"][5:8] == ["**80.00 ± 0.00**", f"62.50 ± {statistics.stdev([75.0, 50.0]):.2f}", "12.00 ± 0.00"]
     assert cells["good"][6] == "-"
     assert "fused by attention that clients fitted" in text
+
+
+def test_runs_of_other_settings_in_one_row_are_named(runs: Path) -> None:
+    assert "differ in more than their seeds" not in markdown_table(entries(find_results(runs)))
+    run(runs / "z0", "longer", 0, 0.8, config={"clients": {"num_cpus": 2}})
+    run(runs / "z1", "longer", 1, 0.9, config={"engine": {"threads": 1}})
+    assert "differ in more than their seeds" not in markdown_table(entries(find_results(runs))), "where it ran makes no difference"
+    run(runs / "z2", "longer", 2, 0.9, config={"method": {"name": "cdfkd_mfs", "epochs": 7}})
+    assert "**The runs of c longer differ in more than their seeds: run the older ones anew.**" in markdown_table(entries(find_results(runs)))
 
 
 def test_a_bench_may_have_columns_of_its_own(runs: Path) -> None:

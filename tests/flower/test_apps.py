@@ -57,6 +57,7 @@ def test_a_run_writes_its_directory(tmp_path: Path) -> None:
         {"student": {"heads": "one"}},
         {"student": {"heads": "plain"}},
         {"clients": {"init": "own"}},
+        {"clients": {"device": "cuda"}},
         {"server": {"transfer_set": "images.safetensors"}},
     ],
 )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+import sys
+from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from cdfkd_strategy.flower.strategy import CDFKDStrategy
+from cdfkd_strategy import CDFKDStrategy, make_client_app, resolve
 from cdfkd_strategy.types import ImageSpec
-from tests.flower.memory_grid import TINY, MemoryGrid
+from tests.flower.memory_grid import TINY, VALUES, MemoryGrid, tiny_strategy
+from tests.test_readme import block_with
 
 CIFAR = ImageSpec(3, 32, 32, 10, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -115,3 +122,27 @@ def test_over_several_rounds_it_keeps_its_node_id_as_key_and_is_asked_to_train_o
     assert all("student" not in content for content in grid.contents("train"))
     trained = strategy.session.uploads.trained_in
     assert trained == {str(node): 2 for node in grid.nodes}
+
+
+def test_the_readmes_server_app_is_one_for_these_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the quickstart's clients, and a method that takes no minutes."""
+    example = block_with("ServerApp()", "python")
+    assert "/absolute/run" in example
+    monkeypatch.setitem(sys.modules, "task", SimpleNamespace(Net=Net))
+    monkeypatch.setattr(CDFKDStrategy, "__init__", partialmethod(CDFKDStrategy.__init__, method_config=TINY))
+    names: dict[str, Any] = {}
+    exec(example.replace("/absolute/run", str(tmp_path / "run")), names)
+    names["main"](quickstart_grid(), None)
+    assert f"2 teachers in one student: {tmp_path}/run/student.safetensors" in capsys.readouterr().out
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_the_readmes_client_app_for_several_rounds_goes_with_a_strategy_that_was_made_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(VALUES), encoding="utf-8")
+    app = make_client_app(resolve(str(tmp_path / "run.yaml")))
+    grid = MemoryGrid([app] * 3)
+    strategy = tiny_strategy(architecture="lenet_bn")
+    strategy.start(grid, num_rounds=2, timeout=20)
+    assert grid.asked("train") == [0, 1, 2, 0, 1, 2]
+    assert [record.quarantined for record in strategy.rounds] == [{}, {}]
+    assert strategy.attention is not None

@@ -14,9 +14,10 @@ from flwr.app import Message, RecordDict
 from cdfkd_strategy.errors import ConfigError, TooFewTeachersError
 from cdfkd_strategy.flower.apps import make_client_app, serve
 from cdfkd_strategy.flower.exchange import Exchange, wait_for_nodes
+from cdfkd_strategy.flower.session import Session
 from cdfkd_strategy.run_config import from_values
 from cdfkd_strategy.summary import read_summary
-from tests.flower.memory_grid import MemoryGrid, echo_app, tiny_config, tiny_strategy
+from tests.flower.memory_grid import Killed, MemoryGrid, echo_app, tiny_config, tiny_strategy
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,33 @@ def test_a_client_counts_once_though_its_last_teacher_may_be_used_again(tmp_path
     strategy = tiny_strategy(min_teachers=3, resume=True, **choices)
     strategy.start(grid_without(1), num_rounds=2, timeout=5)
     assert [spec.key for spec in strategy.teachers.specs] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+
+def test_an_interrupted_round_that_has_all_it_needs_distils_without_any_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices: dict[str, Any] = {"run_dir": tmp_path, "expected_nodes": 3, "min_available_nodes": None, "min_train_nodes": 2}
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_close_uploads", killed)
+        with pytest.raises(Killed):
+            tiny_strategy(min_teachers=2, **choices).start(grid_without(), num_rounds=1, timeout=5)
+    nobody = grid_without(0, 1, 2)
+    with pytest.raises(TooFewTeachersError, match="0 nodes are connected"):
+        tiny_strategy(min_teachers=4, resume=True, **choices).start(nobody, num_rounds=1, timeout=5)
+    strategy = tiny_strategy(min_teachers=3, resume=True, **choices)
+    strategy.start(nobody, num_rounds=1, timeout=5)
+    assert [spec.key for spec in strategy.teachers.specs] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+
+def test_what_an_error_says_to_lower_may_be_lowered_in_the_same_run(tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"run_dir": tmp_path, "min_available_nodes": None}
+    with pytest.raises(TooFewTeachersError, match=r"1 nodes are connected .*at least 2 .*min_train_nodes.* lower these"):
+        tiny_strategy(min_train_nodes=2, **choices).start(grid_without(0, 1), num_rounds=1, timeout=5)
+    strategy = tiny_strategy(min_train_nodes=1, resume=True, **choices)
+    strategy.start(grid_without(0, 1), num_rounds=1, timeout=5)
+    assert len(strategy.teachers) == 1  # type: ignore[arg-type]
 
 
 def test_clients_that_are_not_drawn_are_not_counted() -> None:

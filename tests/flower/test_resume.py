@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.errors import CheckpointError
@@ -49,6 +50,13 @@ def start(
 
 def digest(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "student.safetensors").read_bytes()).hexdigest()
+
+
+class Own(nn.Sequential):
+    """A user's own network."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
 
 
 class Moments:
@@ -381,6 +389,35 @@ def test_the_teachers_of_a_run_can_be_distilled_again_with_other_settings(tmp_pa
     strategy.session.uploads.put(upload, strategy.session.uploads.load("0"))  # the next round has begun
     with pytest.raises(CheckpointError, match=r"holds no teachers\.json"):
         plan(tmp_path / "run" / "uploads", [])
+
+
+def test_a_run_goes_on_with_other_places_for_the_same_things(tmp_path: Path) -> None:
+    config = tiny_config(server={"node_wait": 0.2})
+    serve(project_grid(config), config, tmp_path / "run", resume=False)
+    moved = tiny_config(server={"node_wait": 0.2, "rounds": 1}, clients={"num_cpus": 2}, data={"path": str(tmp_path)})
+    strategy = serve(project_grid(moved), moved, tmp_path / "run", resume=True)
+    assert [record.round for record in strategy.rounds] == [1]
+    other = tiny_config(server={"node_wait": 0.2}, clients={"epochs": 2})
+    with pytest.raises(CheckpointError, match=r"started with clients\.epochs=1, not 2"):
+        serve(project_grid(other), other, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("architecture", ["lenet", Own])
+def test_the_uploads_of_a_strategy_that_was_made_by_hand_say_what_it_was(architecture: Any, tmp_path: Path) -> None:
+    grid = MemoryGrid([echo_app()] * 2)
+    strategy = tiny_strategy(architecture=architecture, run_dir=tmp_path / "run", seed=3, weights="uniform", student_stages=2)
+    strategy.start(grid, num_rounds=1, timeout=5)
+    if architecture is Own:
+        with pytest.raises(CheckpointError, match=r"is a 'Own', which is no registered architecture; a network of your own can be distilled by `distill`"):
+            plan(tmp_path / "run" / "uploads", [])
+        return
+    work = plan(tmp_path / "run" / "uploads", [])
+    name, settings = work.config.method_config()
+    assert (name, settings) == ("cdfkd_mfs", strategy.options.method_config)
+    assert (work.config.seed, work.config.student.backbone, work.config.student.stages, work.config.server.weights) == (3, "lenet_bn", 2, "uniform")
+    assert work.data is None, "nobody named a data set"
+    distill_directory(work, tmp_path / "again")
+    assert read_summary(tmp_path / "again")["finished"]
 
 
 def test_a_directory_that_is_not_empty_needs_resume(tmp_path: Path) -> None:

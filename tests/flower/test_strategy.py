@@ -18,12 +18,13 @@ from torch import nn
 
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError, TooFewTeachersError
+from cdfkd_strategy.flower.apps import serve
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.teachers import state_hash
 from cdfkd_strategy.types import Needs
-from tests.flower.memory_grid import FIRST_NODE, IMAGE, TINY, MemoryGrid, echo_app, tiny_strategy
+from tests.flower.memory_grid import FIRST_NODE, IMAGE, TINY, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
 
 def nan(state: dict[str, torch.Tensor]) -> None:
@@ -122,6 +123,44 @@ def test_a_node_that_does_not_answer_is_not_waited_for() -> None:
     assert strategy.rounds[0].silent == [str(grid.node(2))]
     assert strategy.student is not None
     assert strategy.student.heads == 2
+
+
+def test_a_client_that_may_still_be_training_is_not_asked_to_evaluate() -> None:
+    strategy, grid = tiny_strategy(identify=True), MemoryGrid([echo_app(teacher={"arch": "lenet"})] * 3)
+
+    def falls_silent(node: int, reply: Message) -> Message:
+        if reply.metadata.message_type == "query.hello" and node == grid.node(2):
+            grid.mute.add(node)
+        return reply
+
+    grid.edit = falls_silent
+    strategy.start(grid, num_rounds=1, timeout=0.2)
+    assert grid.asked("train") == [0, 1, 2]
+    assert strategy.rounds[0].silent == ["2"]
+    assert grid.asked("evaluate") == [0, 1]
+
+
+def test_evaluations_that_fail_are_on_record(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("flwr").propagate = True
+    grid = project_grid(tiny_config())
+
+    def breaks(node: int, reply: Message) -> Message:
+        if reply.metadata.message_type == "evaluate":
+            if node == grid.node(0):
+                raise RuntimeError("out of memory")
+            grid.mute.add(grid.node(2))
+        return reply
+
+    grid.edit = breaks
+    with caplog.at_level(logging.INFO, "flwr"):
+        strategy = serve(grid, tiny_config(server={"node_wait": 0.2, "timeout": 1.0}), None, resume=False)
+    assert list(strategy.rounds[0].unevaluated) == ["0", "2"]
+    assert "out of memory" in strategy.rounds[0].unevaluated["0"]
+    assert strategy.rounds[0].unevaluated["2"] == "no reply"
+    assert not strategy.rounds[0].quarantined
+    said = [record.getMessage() for record in caplog.records if "server's evaluation" in record.getMessage()]
+    assert len(said) == 1, "a run without a directory says what it measured"
+    assert f"student_merged {strategy.rounds[0].evaluate_server['student_merged']:.4g}" in said[0]  # type: ignore[index]
 
 
 def test_a_node_that_never_says_who_it_is_is_left_out() -> None:
@@ -363,6 +402,8 @@ class Hungry(Wanting):
         ({"architectures": ("lenet", "nonesuch")}, ConfigError, "unknown architecture"),
         ({"architecture": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9))}, ArchitectureError, r"gives \(9,\) for one image; accepted: \(10,\)"),
         ({"architecture": lambda: nn.Linear(3, 10)}, ArchitectureError, "cannot take images"),
+        ({"architecture": nn.Linear(64, 10)}, ArchitectureError, "is a network, a Linear; accepted: a registered name, or what makes a network"),
+        ({"architecture": nn.Conv2d}, ArchitectureError, "'Conv2d' cannot be made, or used: .*missing 3 required .*; accepted: a class or function without"),
         ({"broadcast": "both"}, ConfigError, "broadcast is 'both'"),
         ({"fraction_train": 0.0}, ConfigError, "fraction_train is 0.0"),
         ({"min_teachers": 0}, ConfigError, "min_teachers is 0; accepted: at least 1"),
