@@ -17,6 +17,9 @@ from torch import Tensor
 
 from cdfkd_strategy.errors import CheckpointError
 
+STATE_FILE = "state.json"
+"""In the run directory of a run with Flower, whose first file it is: where the run stands."""
+
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
 _INT_KEYS = "__int_keys__"

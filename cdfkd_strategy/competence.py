@@ -20,7 +20,7 @@ chosen on held-out training images; `simulations/LOG.md` has the measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -126,3 +126,20 @@ def estimate(teachers: TeacherEnsemble, image: ImageSpec, rng: torch.Generator, 
         )
     table = torch.stack([score.expand(image.num_classes) for score in scores if score is not None])
     return class_weights(table.clamp_min(torch.finfo(table.dtype).tiny), len(teachers), image.num_classes).float()
+
+
+def weights_of(scores: Tensor, live: Sequence[bool] | None = None) -> Tensor:
+    """Class weights of scores, such as label counts: ``s_kc / sum_k s_kc``; a class of which nobody has any is shared equally.
+
+    Args:
+        scores: ``[K, C]``, at least 0.
+        live: K, may the teacher be used? All others have no weight. None is all.
+
+    Returns:
+        ``[K, C]`` float32, columns sum to 1.
+    """
+    alive = torch.ones(len(scores), 1) if live is None else torch.tensor(live)[:, None]
+    table = scores.double() * alive
+    nobody = table.sum(0) == 0
+    table[:, nobody] = alive.double().expand_as(table)[:, nobody]
+    return class_weights(table, *table.shape).float()

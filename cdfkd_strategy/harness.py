@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy.averaging import fedavg
+from cdfkd_strategy.competence import weights_of
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import ImageData
 from cdfkd_strategy.data.partition import OWN
@@ -62,7 +63,7 @@ class Harness:
         partitions = [partition for partition in found if partition is not None]
         if self.label_counts is None or len(partitions) < len(found):
             return None
-        return count_weights(torch.from_numpy(self.label_counts[partitions]))
+        return weights_of(torch.from_numpy(self.label_counts[partitions]))
 
     def evaluate(
         self,
@@ -171,13 +172,6 @@ def partition_of(key: str, clients: int) -> int | None:
     digits = re.fullmatch(r"(?:[a-z]+-)?(\d+)", key)
     partition = int(digits.group(1)) if digits else clients
     return partition if partition < clients else None
-
-
-def count_weights(counts: Tensor) -> Tensor:
-    """``n_kc / sum_k n_kc`` for counts ``[K, C]``; a class that nobody has is shared equally."""
-    counts = counts.double()
-    counts[:, counts.sum(0) == 0] = 1.0
-    return class_weights(counts, *counts.shape).float()
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

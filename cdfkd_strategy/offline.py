@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cdfkd_strategy import parallel, seeding
-from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate
+from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS, estimate, weights_of
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.client_share import all_training_rows, client_share, train_label_counts
 from cdfkd_strategy.data.datasets import ImageData, load_data
@@ -21,7 +21,7 @@ from cdfkd_strategy.data.partition import OWN
 from cdfkd_strategy.data.transfer_set import load_transfer_set
 from cdfkd_strategy.engine import DistillResult, distill, saved_runtime
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
-from cdfkd_strategy.harness import Examination, Harness, count_weights
+from cdfkd_strategy.harness import Examination, Harness
 from cdfkd_strategy.local_training import Trained, train_all
 from cdfkd_strategy.local_training.attention import fit_attention, mean_attention
 from cdfkd_strategy.methods import METHODS, get_method
@@ -308,5 +308,5 @@ def teacher_weights(config: RunConfig, teachers: TeacherSet, ensemble: TeacherEn
     """Class weights ``[K, C]`` of the teachers: estimated from their weights, or from the label counts that clients disclosed."""
     if config.server.weights == LABEL_COUNTS:
         check_disclosed(config, teachers)
-        return count_weights(torch.tensor(teachers.label_counts))
+        return weights_of(torch.tensor(teachers.label_counts))
     return estimate(ensemble, teachers.image, seeding.generator("competence", config.seed), config.server.weights)

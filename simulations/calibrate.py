@@ -24,9 +24,8 @@ import torch
 import yaml
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.competence import norm_feature_score, row_norms
+from cdfkd_strategy.competence import norm_feature_score, row_norms, weights_of
 from cdfkd_strategy.data.datasets import load_data
-from cdfkd_strategy.harness import count_weights
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
 from cdfkd_strategy.models.head_fusion import class_weights, fuse
 from cdfkd_strategy.offline import distill_directory, plan, write_teachers
@@ -103,7 +102,7 @@ def competence_rows(federations: dict[tuple[str, int], Path]) -> Iterator[dict[s
         uniform = torch.full((data.image.num_classes,), 1 / data.image.num_classes)
         features = torch.stack([uniform if score is None else score for score in scores]).double().clamp_min(1e-30)
         counts = torch.tensor([[spec.num_samples] for spec in found.specs]).double()
-        oracle = count_weights(torch.tensor(found.oracle_label_counts))
+        oracle = weights_of(torch.tensor(found.oracle_label_counts))
         best = accuracy(fuse(logits, oracle), data.y_test)
         for a, b, d in itertools.product(FEATURE_POWERS, ROW_POWERS, COUNT_POWERS):
             table = class_weights(features**a * rows**b * counts**d, len(ensemble), data.image.num_classes).float()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cdfkd_strategy import competence
+from cdfkd_strategy.competence import weights_of
 from cdfkd_strategy.errors import NeedsError, UnknownNameError
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.head_fusion import fuse
@@ -147,3 +148,13 @@ def test_teachers_with_and_without_a_normalisation_layer_are_on_one_scale() -> N
         nets[1].load_state_dict(nets[0].state_dict())
     weights = competence.estimate(TeacherEnsemble(nets, image=IMAGE), IMAGE, generator("test"))
     assert 0.4 < weights[0].mean() < 0.6
+
+
+def test_weights_of_share_an_unseen_class_equally() -> None:
+    weights = weights_of(torch.tensor([[3, 0, 1], [1, 0, 0]]))
+    assert torch.allclose(weights, torch.tensor([[0.75, 0.5, 1.0], [0.25, 0.5, 0.0]]))
+
+
+def test_teachers_that_are_not_live_have_no_weight() -> None:
+    weights = weights_of(torch.tensor([[3, 0, 1], [1, 0, 0], [5, 7, 9]]), [True, True, False])
+    assert torch.allclose(weights, torch.tensor([[0.75, 0.5, 1.0], [0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))

@@ -14,7 +14,7 @@ from cdfkd_strategy import seeding
 from cdfkd_strategy.averaging import fedavg
 from cdfkd_strategy.data.client_share import client_share
 from cdfkd_strategy.data.datasets import ImageData
-from cdfkd_strategy.harness import Harness, confusion_matrix, count_weights, partition_of
+from cdfkd_strategy.harness import Harness, confusion_matrix, partition_of
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.head_fusion import HeadAttention
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
@@ -179,11 +179,6 @@ def test_the_oracle_ignores_what_clients_say(data: ImageData, config: RunConfig,
     results = [Harness(config, data).evaluate(ensemble, None) for ensemble in (honest, boasting)]
     assert results[0]["ensemble_oracle"] == results[1]["ensemble_oracle"]
     assert results[0]["fedavg"] != results[1]["fedavg"], "federated averaging does weigh by what clients say"
-
-
-def test_count_weights_share_an_unseen_class_equally() -> None:
-    weights = count_weights(torch.tensor([[3, 0, 1], [1, 0, 0]]))
-    assert torch.allclose(weights, torch.tensor([[0.75, 0.5, 1.0], [0.25, 0.5, 0.0]]))
 
 
 @pytest.mark.parametrize(("key", "partition"), [("0", 0), ("client-2", 2), ("3", None), ("node", None), ("partition-1", 1), ("", None), ("-1", None)])

@@ -12,11 +12,12 @@ from torch import nn
 
 from cdfkd_strategy import cli, offline
 from cdfkd_strategy.checkpoint import save_tensors
+from cdfkd_strategy.competence import weights_of
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.distiller import METHODS
 from cdfkd_strategy.errors import CheckpointError, ConfigError, NeedsError
-from cdfkd_strategy.harness import Harness, confusion_matrix, count_weights
+from cdfkd_strategy.harness import Harness, confusion_matrix
 from cdfkd_strategy.local_training import all_clients
 from cdfkd_strategy.report import markdown_report
 from cdfkd_strategy.run_config import RunConfig, from_values
@@ -244,7 +245,7 @@ def test_disclosed_counts_are_used_and_said_to_be(opted: Path, tmp_path: Path, c
     assert "ensemble, estimated" not in printed.out
     found = load_teachers(opted)
     assert found.label_counts == found.oracle_label_counts
-    assert torch.equal(load_student(tmp_path / "run").weights, count_weights(torch.tensor(found.label_counts)))
+    assert torch.equal(load_student(tmp_path / "run").weights, weights_of(torch.tensor(found.label_counts)))
     summary = read_summary(tmp_path / "run")
     assert summary["config"]["server"]["weights"] == config.server.weights == "label_counts"
     assert "In default clients disclosed their label counts" in markdown_report([summary])

@@ -62,6 +62,7 @@ def distill(args: argparse.Namespace) -> None:
 
 
 def _distill(args: argparse.Namespace) -> Path:
+    from cdfkd_strategy.checkpoint import STATE_FILE
     from cdfkd_strategy.offline import distill_directory, plan
 
     overrides = list(args.overrides)
@@ -72,6 +73,8 @@ def _distill(args: argparse.Namespace) -> Path:
     overrides += [f"server.transfer_set={json.dumps(str(Path(args.transfer_set).resolve()))}"] if args.transfer_set else []
     work = plan(Path(args.teachers), overrides)
     out = check_out(args.out, resume=args.resume)
+    if (out / STATE_FILE).exists():
+        raise CheckpointError(f"{out} holds a run with Flower; continue it with `cdfkd run`, or name another directory")
     with held(out) if is_first() else nullcontext():
         if not is_finished(out, work.config):
             distill_directory(work, out, resume=args.resume)
@@ -122,7 +125,7 @@ def was_stopped(out: Path, summary: Mapping[str, Any]) -> bool:
     """Did ``engine.max_seconds`` stop the last distillation of a finished run? (Its summary says whether it stopped one of them.)"""
     if summary["stopped_by"] != "max_seconds" or not summary["rounds"]:
         return False
-    from cdfkd_strategy.flower.run_state import STATE_FILE
+    from cdfkd_strategy.checkpoint import STATE_FILE
 
     if not (out / STATE_FILE).exists():  # without Flower there is one round
         return True

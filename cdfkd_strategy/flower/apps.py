@@ -14,11 +14,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from cdfkd_strategy.checkpoint import STATE_FILE
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.datasets import DataConfig, ImageData, load_data
 from cdfkd_strategy.errors import ConfigError, MissingExtraError
 from cdfkd_strategy.flower import client, payload
-from cdfkd_strategy.flower.run_state import STATE_FILE
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.harness import Harness
 from cdfkd_strategy.provenance import peak_memory_mb

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.checkpoint import has_state, load_tensors, save_tensors
-from cdfkd_strategy.competence import LABEL_COUNTS, estimate
+from cdfkd_strategy.competence import LABEL_COUNTS, estimate, weights_of
 from cdfkd_strategy.engine import GENERATOR_FILE, DistillResult, distill
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.flower.architectures import Architectures
 from cdfkd_strategy.flower.options import Options
 from cdfkd_strategy.flower.run_state import RunState
 from cdfkd_strategy.flower.uploads import Upload, Uploads
-from cdfkd_strategy.models.head_fusion import class_weights
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.single_header import distill_single_header
@@ -71,16 +70,9 @@ def teacher_weights(teachers: TeacherEnsemble, uploads: Sequence[Upload], live: 
         seed: of sampling estimates.
     """
     if mode == LABEL_COUNTS:
-        weights = torch.tensor([upload.label_counts for upload in uploads], dtype=torch.float64)
-    else:
-        weights = estimate(teachers, teachers.image, seeding.generator("competence", seed), mode).cpu()
-        if all(live):
-            return weights
-    alive = torch.tensor(live, dtype=weights.dtype)[:, None]
-    weights = weights * alive
-    nobody = weights.sum(0) == 0  # a class without a single sample: no teacher knows it better than another
-    weights[:, nobody] = alive.expand_as(weights)[:, nobody]
-    return class_weights(weights, len(uploads), teachers.image.num_classes).float()
+        return weights_of(torch.tensor([upload.label_counts for upload in uploads]), live)
+    weights = estimate(teachers, teachers.image, seeding.generator("competence", seed), mode).cpu()
+    return weights if all(live) else weights_of(weights, live)
 
 
 def extras_of(options: Options, uploads: Uploads, teachers: TeacherEnsemble) -> Extras:

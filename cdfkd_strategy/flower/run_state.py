@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cdfkd_strategy.checkpoint import drop_state, write_json
+from cdfkd_strategy.checkpoint import STATE_FILE, drop_state, write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.directory_lock import hold
 from cdfkd_strategy.errors import CheckpointError
@@ -23,11 +23,10 @@ from cdfkd_strategy.flower.options import NO_RESULT
 from cdfkd_strategy.flower.payload import RUN_CONFIG
 from cdfkd_strategy.run_config import WHERE
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.summary import finite
+from cdfkd_strategy.summary import FILE_NAME, finite
 
 Phase = Literal["uploads", "distilling", "distilled", "evaluated"]
 
-STATE_FILE = "state.json"
 FORMAT = 1
 
 
@@ -136,6 +135,8 @@ class RunDirectory:
         """
         mine = json.loads(json.dumps(to_dict(settings)))
         if self.path is None or not (self.path / STATE_FILE).exists():
+            if self.path is not None and (self.path / FILE_NAME).exists():
+                raise CheckpointError(f"{self.path} holds a distillation without Flower; continue it with `cdfkd distill`, or choose another run directory")
             return RunState(mine, runtime())
         state = _read(self.path / STATE_FILE)
         names = {*mine, *state.settings} - NO_RESULT

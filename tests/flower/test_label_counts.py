@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from cdfkd_strategy.competence import weights_of
 from cdfkd_strategy.data.client_share import train_label_counts
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.errors import TooFewTeachersError
@@ -17,7 +18,6 @@ from cdfkd_strategy.flower.apps import make_client_app, serve
 from cdfkd_strategy.flower.arrays import to_record
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.flower.uploads import Upload
-from cdfkd_strategy.harness import count_weights
 from cdfkd_strategy.local_training import initial_model
 from tests.flower.memory_grid import IMAGE, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
@@ -93,11 +93,11 @@ def test_this_projects_client_sends_counts_only_when_opted_in(opted: bool, monke
     assert strategy.teachers is not None
     if opted:
         assert sent == truth.tolist()
-        assert torch.equal(strategy.teachers.weights, count_weights(torch.as_tensor(truth)))
+        assert torch.equal(strategy.teachers.weights, weights_of(torch.as_tensor(truth)))
     else:
         assert sent == [None] * 3
         assert all(upload.label_counts is None for upload in put)
-        assert not torch.equal(strategy.teachers.weights, count_weights(torch.as_tensor(truth)))
+        assert not torch.equal(strategy.teachers.weights, weights_of(torch.as_tensor(truth)))
 
 
 def test_a_node_can_refuse_to_disclose_them() -> None:

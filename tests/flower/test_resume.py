@@ -21,7 +21,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import nn
 
-from cdfkd_strategy import seeding
+from cdfkd_strategy import cli, seeding
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.flower import distillation, session
 from cdfkd_strategy.flower.apps import serve
@@ -418,6 +418,20 @@ def test_the_uploads_of_a_strategy_that_was_made_by_hand_say_what_it_was(archite
     assert work.data is None, "nobody named a data set"
     distill_directory(work, tmp_path / "again")
     assert read_summary(tmp_path / "again")["finished"]
+
+
+def test_a_run_with_flower_and_a_distillation_without_do_not_continue_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(server={"node_wait": 0.2})
+    serve(project_grid(config), config, tmp_path / "run", resume=False)
+    uploads = tmp_path / "run" / "uploads"
+    assert cli.main(["distill", "--teachers", str(uploads), "--out", str(tmp_path / "run"), "--resume"]) == cli.ERROR
+    assert "holds a run with Flower; continue it with `cdfkd run`" in capsys.readouterr().err
+    distill_directory(plan(uploads, []), tmp_path / "again")
+    kept = (tmp_path / "again" / "student.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="holds a distillation without Flower; continue it with `cdfkd distill`"):
+        serve(project_grid(config), config, tmp_path / "again", resume=True)
+    assert (tmp_path / "again" / "student.safetensors").read_bytes() == kept
+    assert not (tmp_path / "again" / "state.json").exists()
 
 
 def test_a_directory_that_is_not_empty_needs_resume(tmp_path: Path) -> None:
