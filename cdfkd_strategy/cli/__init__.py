@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_showing(commands: Any) -> None:
-    """The commands that compute nothing."""
+    """The commands that train and distil nothing."""
     methods = commands.add_parser("methods", help="list the distillation methods, what they need and what clients disclose")
     methods.set_defaults(command="showing:methods")
 
