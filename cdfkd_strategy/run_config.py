@@ -170,23 +170,23 @@ def bench_names() -> list[str]:
     return sorted(path.stem for path in bench_root().glob("*.yaml"))
 
 
-def find_config(name: str, beside: Path | None = None) -> Path:
+def find_config(name: str, *folders: Path) -> Path:
     """The file of a configuration.
 
     Args:
         name: a path to a YAML file, or a name: ``fashion_mnist/dir0.5``, or ``dir0.5`` where that is the only one.
-        beside: a folder that is searched first.
+        folders: that are searched first, in this order.
 
     Raises:
         UnknownNameError: there is none.
         ConfigError: there are several.
     """
     if Path(name).suffix in (".yaml", ".yml"):
-        for path in ([beside / name] if beside else []) + [Path(name)]:
+        for path in (*(folder / name for folder in folders), Path(name)):
             if path.is_file():
                 return path
         raise ConfigError(f"there is no configuration file {name}; named ones: {', '.join(config_names())}")
-    for root in ([beside] if beside else []) + config_roots():
+    for root in (*folders, *config_roots()):
         if (root / f"{name}.yaml").is_file():
             return root / f"{name}.yaml"
     found = [other for other in config_names() if other.rpartition("/")[2] == name]
@@ -208,8 +208,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], where: str = "") -> 
     return merged
 
 
-def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_config(path: Path, folders: tuple[Path, ...] = (), inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     """One configuration file as a plain mapping, its ``base`` (another name or path) merged in.
+
+    Args:
+        path: of the file.
+        folders: where a base is looked for, after the file's own.
+        inside: files whose base this is.
 
     Raises:
         ConfigError: a file is unreadable, or ``base`` leads back to itself.
@@ -221,7 +226,7 @@ def read_config(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    return merge(read_config(find_config(str(base), path.parent), (*inside, path)), values)
+    return merge(read_config(find_config(str(base), path.parent, *folders), folders, (*inside, path)), values)
 
 
 def from_values(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

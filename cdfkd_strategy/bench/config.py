@@ -151,7 +151,7 @@ def resolve_bench(name: str, overrides: Iterable[str] = ()) -> BenchConfig:
     if Path(name).suffix not in (".yaml", ".yml") and name not in bench_names():
         raise UnknownNameError("bench", name, bench_names())
     path = find_config(name, bench_root())
-    values = override(read_config(path), overrides)
+    values = override(read_config(path, (bench_root(),)), overrides)
     common = values.get("config")
     if isinstance(common, dict) and "base" in common:
         base = read_config(find_config(str(common.pop("base")), path.parent))

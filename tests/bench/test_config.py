@@ -115,3 +115,10 @@ def test_every_shipped_bench_binds(name: str) -> None:
     assert bench.study == name
     assert {run.row for run in bench.runs} == set(bench.methods)
     assert bind(BenchConfig, {**to_dict(bench), "only": []}).runs == bench.runs
+
+
+def test_a_bench_anywhere_may_stand_on_a_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": "mnist_methods", "study": "mine", "seeds": [5]}), encoding="utf-8")
+    mine, shipped = resolve_bench(str(tmp_path / "mine.yaml")), resolve_bench("mnist_methods")
+    assert (mine.study, mine.seeds) == ("mine", (5,))
+    assert mine.methods == shipped.methods
