@@ -1,12 +1,12 @@
 """How long until the student is nearly as good as the ensemble: the product against the plain loop, on the study's cell dir0.5.
 
-    python simulations/benchmarks/time_to_accuracy.py [--seeds 0 1 2] [--plain [150 300 600]] [--recipe [KEY=VALUE ...]] [--name NAME]
+    python simulations/benchmarks/time_to_accuracy.py [--seeds 0 1 2] [--plain [150 300 600]] [--recipe [KEY=VALUE ...]] [--name NAME] [--again TEXT]
 
 The target is 0.95 times the accuracy of the ensemble with estimated weights. Plain: the loop of `mfs_plain`, five student steps and
 one generator step per iteration, both rates divided by 10 after one and two thirds; the shortest of the given lengths that reaches
 the target with all seeds counts. Product: `distill` with the cell's configuration and the recipe, from the call to the student.
-Teachers are trained once, outside the time, and evaluation is outside it too. Finished rows are kept and not repeated:
-simulations/results/speed/<machine>-time-to-accuracy.json.
+Teachers are trained once, outside the time, and evaluation is outside it too. Finished rows are kept and not repeated, unless
+``--again`` gives those of this start another name: simulations/results/speed/<machine>-time-to-accuracy.json.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--plain", nargs="*", type=int, default=[150, 300, 600])
     parser.add_argument("--recipe", nargs="*", default=list(SHORT), help="overrides of the cell's configuration; without any, the product does not run")
     parser.add_argument("--name", default="product", help="of the recipe, in the result")
+    parser.add_argument("--again", default="", metavar="TEXT", help="put behind the names of these rows, which are run although others have their settings")
     args = parser.parse_args()
     config = resolve(CELL)
     runtime = config.engine.runtime()
@@ -65,6 +66,7 @@ def main() -> None:
     known = {(row["path"], row["seed"]) for row in result["rows"]}
 
     def row(name: str, seed: int, run: Callable[[Federation], tuple[nn.Module, float]], **more: Any) -> dict[str, Any]:
+        name += args.again
         if (name, seed) in known:
             return next(item for item in result["rows"] if (item["path"], item["seed"]) == (name, seed))
         federation = Federation(resolve(CELL, [f"seed={seed}"]))
