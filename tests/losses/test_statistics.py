@@ -101,6 +101,33 @@ def test_half_precision_is_raised() -> None:
     assert batch_norm_distance(nn.BatchNorm2d(2), torch.ones(2, 2, 1, 1, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_statistics_of_many_values_far_from_zero_keep_their_digits(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """Against NumPy in float64: a sum of 65,536 values near 5, or of their squares, may lose a thousandth of the variance."""
+    norm = nn.BatchNorm2d(4)
+    maps = (5 + 0.5 * torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(3))).to(dtype, memory_format=layout).requires_grad_()
+    values = maps.detach().double().numpy()
+    mean, variance = values.mean((0, 2, 3)), values.var((0, 2, 3))
+    shift = batch_norm_shift(norm, maps)
+    np.testing.assert_allclose(shift.detach().numpy(), [mean, variance - 1.0], rtol=1e-4)
+    weights = torch.tensor([[1.0, -2.0, 0.5, 3.0], [2.0, 1.0, -1.0, 0.25]])
+    (gradient,) = torch.autograd.grad((weights * shift).sum(), maps)
+    of_mean, of_variance = weights.double().numpy()[:, :, None, None]
+    expected = (of_mean + 2 * of_variance * (values - mean[:, None, None])) / (64 * 32 * 32)
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(gradient.double().numpy(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-9)
+
+
+def test_a_constant_channel_has_no_variance_and_a_gradient() -> None:
+    norm = nn.BatchNorm2d(2)
+    images = torch.full((4, 2, 3, 3), 7.0, requires_grad=True)
+    shift = batch_norm_shift(norm, images)
+    assert shift.tolist() == [[7.0, 7.0], [-1.0, -1.0]]
+    (gradient,) = torch.autograd.grad(batch_norm_distance(norm, images), images)
+    assert torch.isfinite(gradient).all()
+
+
 def test_averaged_statistics_are_the_distance_of_averaged_means_and_variances() -> None:
     """Three rounds of two teachers with two layers and one, in NumPy: averages of means and of variances, not of shifts."""
     rng = np.random.default_rng(1)
