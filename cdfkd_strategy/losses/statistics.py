@@ -87,7 +87,7 @@ class _Moments(torch.autograd.Function):
     """Biased variance and mean ``[C]`` of maps ``[B, C, H, W]``, in float32 at least: two reads of the maps, and one pass over them in backward.
 
     They are what torch's BatchNorm computes, which is made for both layouts and for half precision, without its normalised maps. ``var_mean`` is some
-    twenty times slower on channels-last maps, and ``E[v^2] - E[v]^2`` loses the digits of a mean far from zero.
+    twenty times slower on channels-last maps of a CPU, and ``E[v^2] - E[v]^2`` loses the digits of a mean far from zero.
     """
 
     @staticmethod
