@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,8 @@ from cdfkd_strategy.teachers import TeacherEnsemble
 from cdfkd_strategy.types import Extras, ImageSpec, Metrics, Needs
 
 StudentKind = Literal["single", "multi"]
+LOST = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random, bytearray)
+"""What changes in place and no checkpoint holds."""
 
 
 class Distiller(ABC):
@@ -25,8 +30,10 @@ class Distiller(ABC):
 
     A method owns its loops: ``run_epoch`` makes all generator and student steps of one epoch. Everything it keeps
     between epochs is an attribute set in ``__init__``: modules, optimisers, schedulers, pools (anything with
-    ``state_dict``/``load_state_dict``), tensors, numbers and `torch.Generator` objects are saved and restored by name,
-    so that a run resumed at any epoch boundary continues exactly. A list, dict or set that is not empty is an error.
+    ``state_dict``/``load_state_dict``), tensors, numbers, words, None, tuples of these and `torch.Generator` objects are saved and
+    restored by name, so that a run resumed at any epoch boundary continues exactly. What changes and would be lost is an error: a
+    list, dict, set or deque that is not empty, NumPy's arrays and random numbers, Python's random numbers. Other objects are taken
+    to be constant.
     A `TransferPool` of synthetic images is called ``pool``: a transfer set on disk is made of it.
 
     Args:
@@ -175,12 +182,12 @@ class Distiller(ABC):
         for name, value in vars(self).items():
             if name in constant or dataclasses.is_dataclass(value):
                 continue
-            if isinstance(value, list | dict | set) and value:
+            if (isinstance(value, list | dict | set | deque) and value) or isinstance(value, LOST):
                 raise CheckpointError(
-                    f"method {self.name!r} keeps a {type(value).__name__} in {name!r}, which a checkpoint would lose; accepted: tensors, numbers, "
-                    "and what has a state_dict (nn.ModuleList, nn.ModuleDict), under attributes of their own"
+                    f"method {self.name!r} keeps a {type(value).__name__} in {name!r}, which a checkpoint would lose; accepted: tensors, numbers, tuples, "
+                    "torch.Generator, and what has a state_dict (nn.ModuleList, nn.ModuleDict), under attributes of their own"
                 )
-            if hasattr(value, "state_dict") or isinstance(value, Tensor | torch.Generator | bool | int | float):
+            if hasattr(value, "state_dict") or isinstance(value, torch.Generator) or _is_plain(value):
                 kept[name] = value
         return kept
 
@@ -213,11 +220,24 @@ class Distiller(ABC):
                 value.load_state_dict(state[name])
                 if isinstance(value, torch.optim.Optimizer):
                     _lay_out_as_parameters(value)
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and isinstance(state[name], Tensor):
                 with torch.no_grad():
                     value.copy_(state[name])
+            elif _is_plain(state[name]):
+                setattr(self, name, _placed(state[name], self.runtime.device))
             else:
-                setattr(self, name, state[name])
+                raise CheckpointError(f"method {self.name!r} has no {name!r} to restore the state of; accepted: modules, optimisers and pools set in __init__")
+
+
+def _is_plain(value: Any) -> bool:
+    """Can a checkpoint hold it as it is?"""
+    return value is None or isinstance(value, Tensor | bool | int | float | str) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _placed(value: Any, device: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_placed(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import logging
+import random
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cdfkd_strategy import seeding
-from cdfkd_strategy.checkpoint import load_tensors
+from cdfkd_strategy.checkpoint import load_state, load_tensors
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.engine import KEPT_IMAGES, SYNTHETIC_FILE, DistillResult, distill
 from cdfkd_strategy.engine_config import EngineConfig
@@ -97,6 +100,35 @@ class ListDistiller(NoiseDistiller):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.optimizers = [torch.optim.SGD(self.student.parameters())]
+
+
+class LosingDistiller(NoiseDistiller):
+    """Keeps something that changes in place and that no checkpoint holds."""
+
+    name = "losing_test"
+    kept: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.queue = type(self).kept
+
+
+class ChangingDistiller(NoiseDistiller):
+    """Has values that are nothing at first, a tuple and a word, which change from epoch to epoch."""
+
+    name = "changing_test"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.best: float | None = None
+        self.mean: torch.Tensor | None = None
+        self.span, self.stage = (0.0, 0.0), "first"
+
+    def run_epoch(self, epoch: int) -> Mapping[str, float]:
+        terms = super().run_epoch(epoch)
+        self.best, self.mean = float(epoch), torch.full((2,), float(epoch))
+        self.span, self.stage = (self.span[1], float(epoch)), f"stage {epoch}"
+        return {**terms, "span": self.span[0]}
 
 
 class NeedsBatchNorm(NoiseDistiller):
@@ -226,6 +258,22 @@ def test_a_loss_that_is_not_finite_is_a_clear_error_and_keeps_the_last_checkpoin
 def test_state_that_a_checkpoint_would_lose_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'list_test' keeps a list in 'optimizers', which a checkpoint would lose; accepted: .*nn.ModuleList"):
         run(tmp_path, cls=ListDistiller)
+
+
+@pytest.mark.parametrize("lost", [deque([1.0]), np.zeros(2), np.random.default_rng(0), random.Random(0)], ids=lambda lost: type(lost).__name__)
+def test_whatever_changes_in_place_and_would_be_lost_is_an_error(lost: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LosingDistiller, "kept", lost)
+    with pytest.raises(CheckpointError, match=rf"'losing_test' keeps a {type(lost).__name__} in 'queue', which a checkpoint would lose"):
+        run(tmp_path, cls=LosingDistiller)
+
+
+def test_values_that_begin_as_nothing_tuples_and_words_are_restored(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", cls=ChangingDistiller)
+    run(tmp_path / "part", cls=ChangingDistiller, engine={"max_seconds": 0.0})
+    resumed = run(tmp_path / "part", cls=ChangingDistiller, resume=True)
+    assert [row["span"] for row in resumed.history] == [row["span"] for row in whole.history] == [0.0, 0.0, 1.0, 2.0]
+    states = [load_state(tmp_path / name / "checkpoint")["distiller"] for name in ("whole", "part")]
+    assert [(state["best"], state["mean"].tolist(), state["span"], state["stage"]) for state in states] == [(3.0, [3.0, 3.0], (2.0, 3.0), "stage 3")] * 2
 
 
 def test_some_images_are_kept_as_the_method_shows_them(tmp_path: Path) -> None:

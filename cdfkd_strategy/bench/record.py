@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cdfkd_strategy.bench.config import BenchRun
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.engine import DistillResult
 from cdfkd_strategy.errors import CDFKDError
+from cdfkd_strategy.history import read_losses
 from cdfkd_strategy.offline import Distilled
 from cdfkd_strategy.step_counter import GENERATOR_STEPS, STUDENT_STEPS
 from cdfkd_strategy.summary import BENCH, FILE_NAME, SummaryWriter, read_summary
@@ -33,7 +34,7 @@ class BenchRecord:
         method: the registered name.
         teachers: SHA-256 of every teacher's weights.
         error: why the run failed.
-        died: did its process die, so that the run is tried again when the bench is continued?
+        died: did its process die, or lack memory or a disk, so that the run is tried again when the bench is continued?
         agreement: fraction of test images to which student and ensemble give the same class.
         seconds: of all epochs; evaluation is not in them.
         student_steps: optimiser steps of the student.
@@ -44,6 +45,7 @@ class BenchRecord:
         bytes_up: of the teachers' weights, which is what clients upload.
         bytes_down: of the student's weights, times the clients.
         curve: seconds and accuracy at every evaluated epoch.
+        recall: of every class: the fraction of its test images that the student gives it after the last epoch. Results of before it was kept have none.
         metrics: the bench's own columns: terms of the last epoch that has them.
         published: accuracies of student and teacher in the method's paper, if the bench says.
     """
@@ -63,6 +65,7 @@ class BenchRecord:
     bytes_up: int | None = None
     bytes_down: int | None = None
     curve: tuple[tuple[float, ...], ...] = ()
+    recall: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     published: tuple[float, ...] = ()
 
@@ -74,7 +77,7 @@ def record_of(summary: Mapping[str, Any]) -> BenchRecord | None:
 
 def measure(run: BenchRun, done: Distilled, hashes: tuple[str, ...]) -> BenchRecord:
     """The record of a run that is finished."""
-    history, student, teachers = done.result.history, done.result.student, done.teachers
+    history, student, teachers, confusion = done.result.history, done.result.student, done.teachers, done.examination.confusion
     curve, seconds = [], 0.0
     for row in history:
         seconds += row["seconds"]
@@ -95,6 +98,7 @@ def measure(run: BenchRun, done: Distilled, hashes: tuple[str, ...]) -> BenchRec
         bytes_up=sum(_bytes(net) for net in teachers.nets),
         bytes_down=_bytes(student) * len(teachers),
         curve=tuple(point[1:] for point in curve),
+        recall=() if confusion is None else tuple((confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()),
         metrics={name: next(row[name] for row in reversed(history) if name in row) for name in run.metrics if any(name in row for row in history)},
         published=run.published,
     )
@@ -114,6 +118,16 @@ def class_entropy(result: DistillResult, teachers: TeacherEnsemble, seed: int) -
 
 def _bytes(net: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+
+
+def with_columns(summary: Mapping[str, Any], run: BenchRun, directory: Path) -> dict[str, Any]:
+    """A finished run's summary with what its bench says today of columns: ``published``, and ``metrics``, new ones from the directory's ``losses.csv``."""
+    record = record_of(summary)
+    if record is None or record.error is not None:
+        return dict(summary)
+    known = {name: value for row in read_losses(directory / "losses.csv") for name, value in row.items()} | dict(record.metrics)
+    now = replace(record, metrics={name: known[name] for name in run.metrics if name in known}, published=run.published)
+    return {**summary, BENCH: to_dict(now)} if now != record else dict(summary)
 
 
 def store(directory: Path, run: BenchRun, record: BenchRecord) -> None:

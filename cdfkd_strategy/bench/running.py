@@ -10,20 +10,25 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cdfkd_strategy.bench.config import BenchConfig, BenchRun
-from cdfkd_strategy.bench.record import BenchRecord, is_whole, measure, read_done, record_of, store
+from cdfkd_strategy.bench.record import BenchRecord, is_whole, measure, read_done, record_of, store, with_columns
+from cdfkd_strategy.bench.table import entries
 from cdfkd_strategy.child_process import end_with_parent
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.directory_lock import held
 from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.offline import check_made_with, distill_directory, plan_for, write_teachers
-from cdfkd_strategy.run_config import RunConfig, from_values
+from cdfkd_strategy.run_config import from_values
 from cdfkd_strategy.summary import FILE_NAME, check_same_config, is_same_config, read_summary
 from cdfkd_strategy.teacher_directory import INDEX, load_teachers
 
 logger = logging.getLogger(__name__)
 
 TEACHERS = "teachers"
+WILL_PASS = (OSError, MemoryError, torch.OutOfMemoryError)
+"""What a run may fail for and succeed the next time: a full disk, memory that something else had."""
 
 Start = Callable[[BenchRun, Path, Path], None]
 """Runs one row: the run, its teacher directory, its run directory."""
@@ -57,23 +62,25 @@ def run_bench(
         In the order of ``bench.runs``.
 
     Raises:
-        CheckpointError: runs or teachers that are there are of another configuration, or kept results were made on other teachers.
+        CheckpointError: runs or teachers that are there are of another configuration, or results that are there were made on other teachers.
         ConfigError: ``jobs`` is below 1.
-        CDFKDError: teachers cannot be trained.
+        CDFKDError: teachers cannot be trained, or results that are there were made on two sets of them.
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}; accepted: at least 1")
     homes, runs = teachers or out / TEACHERS, bench.runs
     for run in runs:
         _check_run(run, out / run.path)
-    for name, run in {run.teachers: run for run in runs}.items():
-        _check_teachers(run, homes / name)
     done = {number: summary for number, run in enumerate(runs) if (summary := read_done(out / run.path, run)) is not None}
+    known = [*kept, *done.values()]
+    for name, run in {run.teachers: run for run in runs}.items():
+        _check_teachers(run, homes / name, known)
+    entries(known)  # raises where they are not of the same teachers, whatever is in those directories
     missing = [number for number in range(len(runs)) if number not in done]
     for name, run in {runs[number].teachers: runs[number] for number in missing}.items():
-        _train_teachers(run.config, homes / name)
-        of_these = _on_teachers(homes / name, run, kept)
-        done |= {number: dict(old) for number in missing if runs[number].teachers == name and (old := _find(runs[number], of_these)) is not None}
+        _train_teachers(run, homes / name, known)
+    done |= {number: dict(old) for number in missing if (old := _find(runs[number], kept)) is not None}
+    done = {number: with_columns(summary, runs[number], out / runs[number].path) for number, summary in done.items()}
     missing = [number for number in missing if number not in done]
 
     def run_one(number: int) -> None:
@@ -106,12 +113,13 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int], jobs: int, 
                 running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED).not_done
 
 
-def _train_teachers(config: RunConfig, home: Path) -> None:
+def _train_teachers(run: BenchRun, home: Path, known: Sequence[Mapping[str, Any]]) -> None:
     """Make a directory of teachers, if it is not there; in one without an index, those that are missing are trained."""
     if not (home / INDEX).exists():
         with held(home):
             logger.info("training the teachers %s", home.name)
-            write_teachers(config, home)
+            write_teachers(run.config, home)
+        _check_teachers(run, home, known)
 
 
 def _check_run(run: BenchRun, directory: Path) -> None:
@@ -129,36 +137,43 @@ def _check_run(run: BenchRun, directory: Path) -> None:
         raise CheckpointError(f"row {run.row!r} in cell {run.cell!r}: {what}; give a changed row another name, or remove {directory}") from error
 
 
-def _check_teachers(run: BenchRun, home: Path) -> None:
-    """Teachers that are there must be those that this run would train, see `check_made_with`."""
-    if (home / INDEX).exists():
-        check_made_with(load_teachers(home).config, run.config, home)
-
-
-def _on_teachers(home: Path, run: BenchRun, kept: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The kept results of a run's cell and seed.
+def _check_teachers(run: BenchRun, home: Path, known: Sequence[Mapping[str, Any]]) -> None:
+    """Teachers that are there must be those that this run would train, see `check_made_with`, and those of the results of its cell and seed.
 
     Raises:
-        CheckpointError: they were made on other teachers, so that one table cannot hold them and this run.
+        CheckpointError: they are others, so that one table cannot hold those results and this run.
     """
-    hashes = tuple(spec.sha256 for spec in load_teachers(home).specs)
-    place = (run.config.study, run.cell, run.seed)
-    found = [summary for summary in kept if (summary["study"], summary["cell"], summary["seed"]) == place]
-    for summary in found:
+    if not (home / INDEX).exists():
+        return
+    stored = load_teachers(home)
+    check_made_with(stored.config, run.config, home)
+    hashes = tuple(spec.sha256 for spec in stored.specs)
+    for summary in known:
         record = record_of(summary)
-        if record is not None and record.teachers and record.teachers != hashes:
+        if record is None or not record.teachers or _place(summary) != _place_of(run):
+            continue
+        if record.teachers != hashes:
             raise CheckpointError(
-                f"row {record.row!r} in cell {run.cell!r}, seed {run.seed}, is kept with a result on other teachers than those in {home}; "
-                "name the directory of its teachers, or keep results elsewhere"
+                f"row {record.row!r} in cell {run.cell!r}, seed {run.seed}, has a result on other teachers than those in {home}; "
+                "name the directory of its teachers, or another one for this bench and for what it keeps"
             )
-    return found
+
+
+def _place(summary: Mapping[str, Any]) -> tuple[str, str, int]:
+    return summary["study"], summary["cell"], summary["seed"]
+
+
+def _place_of(run: BenchRun) -> tuple[str, str, int]:
+    return run.config.study, run.cell, run.seed
 
 
 def _find(run: BenchRun, kept: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """A finished result of this row and its settings; None if it has to be run."""
     for summary in kept:
         record = record_of(summary)
-        if record is not None and record.row == run.row and is_whole(summary, run) and is_same_config(summary["config"], run.config):
+        if record is None or (record.row, _place(summary)) != (run.row, _place_of(run)):
+            continue
+        if is_whole(summary, run) and is_same_config(summary["config"], run.config):
             return summary
     return None
 
@@ -175,7 +190,7 @@ def in_this_process(run: BenchRun, home: Path, directory: Path) -> None:
     except Exception as error:  # a method of anybody's: what it raises is a result, and the bench goes on
         logger.warning("%s in %s, seed %d failed: %s", run.row, run.cell, run.seed, error, exc_info=not isinstance(error, CDFKDError))
         words = str(error) if isinstance(error, CDFKDError) else f"{type(error).__name__}: {error}"
-        record = BenchRecord(run.row, run.config.method_config()[0], hashes, error=words)
+        record = BenchRecord(run.row, run.config.method_config()[0], hashes, error=words, died=isinstance(error, WILL_PASS))
     store(directory, run, record)
 
 

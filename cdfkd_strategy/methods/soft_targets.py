@@ -24,10 +24,12 @@ MNIST) and lambda_a (0.1 for AlexNet, 0.05 for LeNet-5). *Reconstruction* is wha
 - mu = 0 (``mu="bias"`` is the layer's bias); v is taken before the activation.
 - tau_y = tau_x = 1: the logits of an image are H(v). With tau_x = 20, as ZSKD compares its targets with a tempered teacher, they
   would have to be 20 times as large, and clipped pixels end at 0 and 1 without reaching that; with tau_y = tau_x = 20 a faint
-  pattern in noise is enough. Free pixels do reach it. tau = 20, for the student, is ZSKD's. `simulations/LOG.md` has the trials on MNIST.
+  pattern in noise is enough. Free pixels do reach it, before they are clipped. tau = 20, for the student, is ZSKD's.
+  `simulations/LOG.md` has the trials on MNIST.
 - x starts as N(mean, std) of real images' pixels, clipped to [0, 1]; ``start="uniform"`` is U(0, 1).
 - The factor tau_x^2, so that lambda_a means the same at every tau_x.
-- ``pixels="free"`` optimises x as `zskd` does with the same setting: from N(0, 1), with the term ``d/2 sum x^2``, and clipped at the end alone.
+- ``pixels="free"`` optimises x as `zskd` does with the same setting: from N(0, 1), with the term ``d/2 sum x^2``, and clipped at the end alone;
+  ``pixels="held"`` the same, but clipped at the start and after every step, so that what is kept is what was optimised.
 - Adam of rate 0.01 on pixels that are clipped to [0, 1] after every step, 1500 steps, 100 images a round, 40,000 images.
 - The student learns what the teacher says of the final images, not y, shifted, and mirrored if they are in colour; Adam 1e-3 and 500
   epochs from ZSKD. ``least_area`` below 1 also enlarges parts of them: images seen as they are, or only shifted, it learns by heart.
@@ -91,8 +93,8 @@ class SoftTargetsConfig:
         image_steps: optimisation steps per round.
         image_batch: images per round.
         image_lr: Adam on pixels.
-        pixels: "clipped" to [0, 1] after every step, or "free", see above; free ones ignore ``start``.
-        pixel_decay: d, of free pixels.
+        pixels: "clipped" to [0, 1] after every step, "free" or "held", see above; the latter two ignore ``start``.
+        pixel_decay: d, of free and held pixels.
         activation_weight: lambda_a (0.05 for LeNet-5).
         pool_size: images in the transfer set; beyond, the oldest leave it.
         epochs: epochs of stage (b).
@@ -117,7 +119,7 @@ class SoftTargetsConfig:
     image_steps: int = 1500
     image_batch: int = 100
     image_lr: float = 0.01
-    pixels: Literal["clipped", "free"] = "clipped"
+    pixels: Literal["clipped", "free", "held"] = "clipped"
     pixel_decay: float = 1e-3
     activation_weight: float = 0.1
     pool_size: int = 40_000
@@ -239,7 +241,7 @@ class SoftTargets(Distiller):
             "images/kl": kl_divergence(said.logits[0], y, tau),
             "images/activation": -self.config.activation_weight * said.features[0].abs().mean(),
         }
-        if self.config.pixels == "free":
+        if self.config.pixels != "clipped":
             terms["images/decay"] = decay(pixels, self.config.pixel_decay)
         return terms
 
@@ -248,7 +250,7 @@ class SoftTargets(Distiller):
         if self.config.start == "uniform" and self.config.pixels == "clipped":
             return torch.rand(shape, generator=self.rng)
         noise = torch.randn(shape, generator=self.rng)
-        return noise if self.config.pixels == "free" else self.image.to_pixels(noise)
+        return {"free": noise, "held": clipped(noise), "clipped": self.image.to_pixels(noise)}[self.config.pixels]
 
     def _synthesise(self, targets: Targets) -> Metrics:
         """Optimise one batch of images and add it to the transfer set; the metrics are those of the last step, and the balance of its targets."""

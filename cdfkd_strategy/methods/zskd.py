@@ -6,13 +6,15 @@ W [C, D] are the rows of the teacher's classifier, w_c the row of class c, T(x) 
 
 (a) Impressions, round by round, for every class k in turn and every beta of {1, 0.1} in turn:
 
-        C_kj = <w_k, w_j> / (|w_k| |w_j|), brought to [0, 1] by its smallest and largest entry
+        C_kj = <w_k, w_j> / (|w_k| |w_j|), every row brought to [0, 1] by its smallest and largest entry
         y ~ Dirichlet( beta C_k + 1e-4 )
         min_x  CE( y, softmax(T(x) / tau) ),  tau = 20                                    (Adam, from x ~ U(0, 1))
 
     After every step the whole batch is stretched to [0, 1] (``pixels="stretched"``, the default, as in the authors' code, which is for CIFAR).
     ``pixels="free"``: x ~ N(0, 1), the term ``d/2 sum x^2`` per image is added, and only the last x is clipped to [0, 1]. That is how a public
     reproduction has MNIST (a *reconstruction*: the paper's own code for it is not public). Stretched images of digits are grey without black.
+    Half of the free values end outside [0, 1], so that the clipped images are no longer what the teacher was asked for; ``pixels="held"``
+    is the same, but clipped at the start and after every step (ours).
 (b) Distillation over all impressions: L_S = tau^2 KL( softmax(T(x) / tau) || softmax(S(x) / tau) )  (Adam).
 
 A small beta gives targets that are nearly one-hot, beta = 1 softer ones. The metrics have the share of targets whose largest
@@ -20,8 +22,8 @@ entry is another class than k.
 
 Two bugs of the authors' code:
 
-- Its sampler brings every row of beta C to [0, 1] once more, so that beta = 0.1 is beta = 1 and all targets are soft ones. Fixed with
-  ``mode="paper"``, the default; ``mode="code"`` does the same as the code.
+- It brings C to [0, 1] as a whole, and its sampler every row of beta C once more, so that beta = 0.1 is beta = 1 and all targets are soft
+  ones. In the paper it is the rows of C, before beta: ``mode="paper"``, the default; ``mode="code"`` does the same as the code.
 - It draws new noise once per class and beta only, so that all batches but the first start from the images before them. Here every
   round starts from noise, in both modes.
 
@@ -70,15 +72,15 @@ class ZSKDConfig:
     """Settings of `ZSKD`; the defaults are the authors' for CIFAR-10.
 
     Args:
-        mode: "paper", or "code" with every row of beta C brought to [0, 1] once more.
+        mode: "paper", or "code" with C brought to [0, 1] as a whole, and then every row of beta C.
         betas: scales of the concentrations, in turn.
         temperature: tau, in both stages.
         rounds: batches of impressions, one epoch each.
         image_steps: optimisation steps per round.
         image_batch: images per round.
         image_lr: Adam on pixels in [0, 1]; 3.0 is what the reproduction has for free ones.
-        pixels: "stretched" or "free", see above.
-        pixel_decay: d, of free pixels.
+        pixels: "stretched", "free" or "held", see above.
+        pixel_decay: d, of free and held pixels.
         pool_size: impressions that are kept; beyond, the oldest go.
         epochs: epochs of stage (b).
         iterations: student steps per epoch; 625 of 64 images are one pass over 40,000.
@@ -96,7 +98,7 @@ class ZSKDConfig:
     image_steps: int = 1500
     image_batch: int = 100
     image_lr: float = 1e-3
-    pixels: Literal["stretched", "free"] = "stretched"
+    pixels: Literal["stretched", "free", "held"] = "stretched"
     pixel_decay: float = 1e-3
     pool_size: int = 40_000
     epochs: int = 500
@@ -189,12 +191,12 @@ class ZSKD(Distiller):
         return self.runtime.images(self.pool.draw(count, rng)) if len(self.pool) else None
 
     def similarity(self) -> Tensor:
-        """The class similarity ``[C, C]`` in [0, 1], on the CPU: of all teachers, row c with their weights for class c."""
+        """The class similarity ``[C, C]``, on the CPU, every row (mode "code": the whole) in [0, 1]: of all teachers, row c with their weights for class c."""
         found = torch.zeros(self.image.num_classes, self.image.num_classes, dtype=torch.float64)
         for net, weights in zip(self.teachers.nets, self.teachers.weights.cpu(), strict=True):
             rows = F.normalize(feature_layer(net, self.image.num_classes, "classes").weight.cpu().double(), dim=1)
             found += weights[:, None] * (rows @ rows.T)
-        return _from_0_to_1(found)
+        return _from_0_to_1(found) if self.config.mode == "code" else torch.stack([_from_0_to_1(row) for row in found])
 
     def concentrations(self, labels: Tensor, betas: Tensor) -> Tensor:
         """Of the Dirichlet distributions of images for ``labels [B]`` with ``betas [B]``: ``[B, C]``, on the CPU."""
@@ -214,22 +216,21 @@ class ZSKD(Distiller):
         return Targets(y.float().to(self.runtime.device), labels.to(self.runtime.device))
 
     def image_loss(self, pixels: Tensor, targets: Targets) -> LossTerms:
-        """The terms of stage (a) for ``pixels [B, channels, H, W]``: the cross entropy, and the decay of free pixels."""
+        """The terms of stage (a) for ``pixels [B, channels, H, W]``: the cross entropy, and the decay of free or held pixels."""
         logits = self.teachers(self.image.normalise(pixels))
         entropies = -(targets.probabilities * F.log_softmax(logits.float() / self.config.temperature, dim=-1)).sum(-1)
         terms = {"images/cross_entropy": (self.teachers.weights[:, targets.labels] * entropies).sum(0).mean()}
-        if self.config.pixels == "free":
+        if self.config.pixels != "stretched":
             terms["images/decay"] = decay(pixels, self.config.pixel_decay)
         return terms
 
     def _impress(self, targets: Targets) -> Metrics:
         """Optimise one batch of impressions and add it to the pool; the metrics are those of the last step, and how the classes came out."""
         config = self.config
-        draw, bounded = (torch.randn, free) if config.pixels == "free" else (torch.rand, stretched)
-        noise = draw(config.image_batch, *self.image.shape, generator=self.rng)
-        pixels, terms = optimise_pixels(
-            self.runtime.images(noise), lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=bounded
-        )
+        draw, bounded = {"stretched": (torch.rand, stretched), "free": (torch.randn, free), "held": (torch.randn, clipped)}[config.pixels]
+        noise = self.runtime.images(draw(config.image_batch, *self.image.shape, generator=self.rng))
+        start = clipped(noise) if config.pixels == "held" else noise
+        pixels, terms = optimise_pixels(start, lambda pixels: self.image_loss(pixels, targets), steps=config.image_steps, lr=config.image_lr, bounded=bounded)
         images = self.image.normalise(clipped(pixels))
         self.pool.add(images)
         wanted = targets.probabilities.argmax(-1)

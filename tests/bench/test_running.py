@@ -25,9 +25,10 @@ from cdfkd_strategy.bench.record import class_entropy, read_done, record_of
 from cdfkd_strategy.bench.running import in_own_process, in_this_process, run_bench
 from cdfkd_strategy.checkpoint import write_json
 from cdfkd_strategy.data.datasets import load_data
-from cdfkd_strategy.errors import CheckpointError, ConfigError
+from cdfkd_strategy.errors import CDFKDError, CheckpointError, ConfigError
 from cdfkd_strategy.methods.rdskd import RDSKD
 from cdfkd_strategy.provenance import peak_memory_mb
+from cdfkd_strategy.report import put
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.student_io import load_student
 from cdfkd_strategy.summary import read_summary
@@ -83,6 +84,8 @@ def test_the_record_of_a_run_against_its_files(done: Path) -> None:
     assert isinstance(ensemble, torch.Tensor)
     same = (student(pixels).argmax(-1) == ensemble.argmax(-1)).double().mean()
     assert record.agreement == pytest.approx(float(same))
+    said = student(pixels).argmax(-1)
+    assert record.recall == pytest.approx([float((said[data.y_test == label] == label).double().mean()) for label in range(10)])
     bytes_of_one = sum(tensor.nbytes for tensor in teachers.models[0].state_dict().values())
     assert record.bytes_up == 2 * bytes_of_one
     assert record.bytes_down == 2 * sum(tensor.nbytes for tensor in student.student.state_dict().values())
@@ -172,9 +175,64 @@ def test_what_is_kept_with_results_is_not_run_again_elsewhere(done: Path, tmp_pa
 def test_results_on_other_teachers_are_refused_before_rows_are_run(done: Path, tmp_path: Path) -> None:
     kept, started = [read_summary(done / run.path) for run in tiny().runs], Started()
     kept[1]["bench"]["teachers"] = ["another"]
-    with pytest.raises(CheckpointError, match=r"row 'rdskd' in cell 'two', seed 4, is kept with a result on other teachers than those in .*two-seed4; name"):
+    with pytest.raises(CheckpointError, match=r"row 'rdskd' in cell 'two', seed 4, has a result on other teachers than those in .*two-seed4; name"):
         run_bench(tiny(), tmp_path, teachers=done / "teachers", start=started, kept=kept)
     assert started.rows == []
+
+
+def test_rows_of_this_bench_on_other_teachers_are_refused_before_rows_are_run(done: Path, tmp_path: Path) -> None:
+    """As after ``--teachers`` with the directory of another training: settings, cell and seed are the same, and the bits are not."""
+    bench, started = tiny("only=[rdskd]", "cells={one: {}}"), Started()
+    run_bench(bench, tmp_path, teachers=done / "teachers", start=started)
+    path = tmp_path / "one" / "rdskd-seed4"
+    summary = read_summary(path)
+    summary["bench"]["teachers"] = ["another"]
+    write_json(path / "summary.json", summary)
+    rows = {"rdskd": VALUES["methods"]["rdskd"], "again": {**VALUES["methods"]["rdskd"], "temperature": 4.0}}
+    for kept in ([], [read_summary(done / "one" / "rdskd-seed4")]):
+        with pytest.raises(CDFKDError, match=r"has a result on other teachers than those in .*one-seed4"):
+            run_bench(tiny("cells={one: {}}", methods=rows), tmp_path, teachers=done / "teachers", start=started, kept=kept)
+    assert started.rows == ["one/rdskd-seed4"]
+
+
+def test_results_are_not_replaced_by_those_on_other_teachers(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "tiny.yaml", VALUES)
+    for run in tiny().runs:
+        put(read_summary(done / run.path), tmp_path / "results")
+    path = tmp_path / "results" / "tiny" / "one" / "rdskd-seed4"
+    summary = read_summary(path)
+    summary["bench"]["teachers"] = ["another"]
+    write_json(path / "summary.json", summary)
+    command = ["bench", str(tmp_path / "tiny.yaml"), "--out", str(done), "--resume", "--keep", str(tmp_path / "results")]
+    assert cli.main(command) == 2
+    assert "other teachers" in capsys.readouterr().err.replace("not made on the same teachers", "other teachers")
+    assert read_summary(path)["bench"]["teachers"] == ["another"]
+
+
+def test_columns_that_a_bench_gets_later_are_filled_without_running_anything(done: Path) -> None:
+    started = Started()
+    bench = tiny("metrics=[student/kl, images/none]", "methods.rdskd.published=[0.5, 0.75]")
+    summaries = run_bench(bench, done, start=started)
+    assert started.rows == []
+    with (done / "one" / "rdskd-seed4" / "losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [record for summary in summaries if (record := record_of(summary)) is not None and record.row == "rdskd"]
+    assert found[0].metrics == {"student/kl": pytest.approx(float(rows[3]["student/kl"]))}
+    assert [record.published for record in found] == [(0.5, 0.75)] * 2
+    kept = run_bench(bench, done.parent / "elsewhere", teachers=done / "teachers", start=started, kept=[read_summary(done / run.path) for run in tiny().runs])
+    assert started.rows == []
+    assert kept[0]["bench"]["published"] == [0.5, 0.75]
+
+
+def test_a_table_has_the_rows_that_only_leaves_out(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "tiny.yaml", VALUES)
+    monkeypatch.setattr(running, "in_own_process", in_this_process)
+    command = ["bench", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--teachers", str(done / "teachers")]
+    assert cli.main([*command, "--only", "mfs"]) == 0
+    assert cli.main([*command, "--only", "rdskd", "--resume"]) == 0
+    assert "| mfs |" not in capsys.readouterr().out.split("written:")[-3], "what this start shows is what it was asked for"
+    with (tmp_path / "out" / "table.csv").open(encoding="utf-8") as file:
+        assert [(row["cell"], row["method"]) for row in csv.DictReader(file)] == [("one", "rdskd"), ("two", "rdskd"), ("two", "mfs")]
 
 
 def test_an_interrupted_bench_continues_within_the_row(done: Path, tmp_path: Path) -> None:
@@ -232,6 +290,21 @@ def test_an_error_in_a_method_is_a_result_too(done: Path, tmp_path: Path, monkey
     (summary,) = run_bench(tiny("only=[rdskd]", "cells={one: {}}"), tmp_path, teachers=done / "teachers", start=in_this_process)
     assert summary["bench"]["error"] == "ZeroDivisionError: by zero"
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_what_may_pass_is_tried_again(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(self: RDSKD, epoch: int) -> Metrics:
+        raise error
+
+    bench, started = tiny("only=[rdskd]", "cells={one: {}}"), Started()
+    with monkeypatch.context() as patch:
+        patch.setattr(RDSKD, "run_epoch", broken)
+        (summary,) = run_bench(bench, tmp_path, teachers=done / "teachers", start=started)
+    assert str(error) in summary["bench"]["error"]
+    (summary,) = run_bench(bench, tmp_path, teachers=done / "teachers", start=started)
+    assert len(started.rows) == 2
+    assert summary["bench"]["error"] is None
 
 
 def test_a_process_that_dies_is_a_result_and_is_tried_again(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_committed_teachers_are_those_of_their_study_and_of_its_results() -> Non
     assert sum(path.stat().st_size for home in homes for path in home.iterdir()) < 8e6, "a repository is not for large files"
     for home in homes:
         run = next(run for run in resolve_bench(home.parent.name).runs if run.teachers == home.name)
-        _check_teachers(run, home)
+        _check_teachers(run, home, [])
         hashes = [spec.sha256 for spec in load_teachers(home).specs]
         for path in (SIMULATIONS / "results" / home.parent.name / run.cell).glob(f"*-seed{run.seed}"):
             assert read_summary(path)["bench"]["teachers"] == hashes, path

@@ -142,6 +142,29 @@ def test_where_pixels_start(start: str, mean: float, std: float, monkeypatch: py
     assert 0 <= float(starts[0].min()) < float(starts[0].max()) <= 1
 
 
+@pytest.mark.parametrize("pixels", ["free", "held"])
+def test_free_and_held_pixels_start_dark_and_decay_and_held_ones_stay_pixels(pixels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    distiller = build(image_batch=40, rounds=1, image_steps=5, image_lr=0.3, pixels=pixels, pixel_decay=0.4)
+    optimise = soft_targets.optimise_pixels
+
+    def watched(start: Tensor, *rest: Any, **named: Any) -> Any:
+        found = optimise(start, *rest, **named)
+        seen.extend([start, found[0]])
+        return found
+
+    monkeypatch.setattr(soft_targets, "optimise_pixels", watched)
+    terms = distiller.run_epoch(0)
+    assert float((seen[0] <= 0).double().mean()) == pytest.approx(0.5, abs=0.05)
+    outside = [float((values != values.clamp(0, 1)).double().mean()) for values in seen]
+    assert (min(outside) > 0.3) if pixels == "free" else outside == [0, 0]
+    some = torch.rand(3, *DIGITS.shape, generator=torch.Generator().manual_seed(1))
+    targets = Targets(torch.zeros(3, 10), 0)
+    expected = sum(0.4 / 2 * float(value) ** 2 for value in some.flatten()) / 3
+    assert float(distiller.image_loss(some, targets)["images/decay"]) == pytest.approx(expected, rel=1e-5)
+    assert terms["images/decay"] > 0
+
+
 # -- the schedule --------------------------------------------------------------------------------------------------
 
 

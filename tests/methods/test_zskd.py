@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cdfkd_strategy import seeding
 from cdfkd_strategy.errors import ConfigError
+from cdfkd_strategy.image_optimisation import optimise_pixels
 from cdfkd_strategy.methods import zskd
 from cdfkd_strategy.methods.zskd import ZSKD, Targets, ZSKDConfig
 from cdfkd_strategy.runtime import Runtime
@@ -39,17 +40,22 @@ def random_weights(count: int) -> Tensor:
 # -- stage (a): the targets ----------------------------------------------------------------------------------------
 
 
-def test_similarity_is_the_weighted_cosine_of_class_rows_from_0_to_1() -> None:
+@pytest.mark.parametrize("mode", ["paper", "code"])
+def test_similarity_is_the_weighted_cosine_of_class_rows_from_0_to_1(mode: str) -> None:
+    """Each row of it in the paper, all of it in the authors' code."""
     weights = random_weights(3)
-    distiller = build(3, teachers=trained_ensemble(3, weights))
+    distiller = build(3, teachers=trained_ensemble(3, weights), mode=mode)
     expected = np.zeros((10, 10))
     for k, net in enumerate(distiller.teachers.nets):
         rows = net[-1].weight.numpy().astype(np.float64)
         for i in range(10):
             for j in range(10):
                 expected[i, j] += float(weights[k, i]) * rows[i] @ rows[j] / np.sqrt(rows[i] @ rows[i] * (rows[j] @ rows[j]))
-    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    for part in [expected] if mode == "code" else expected:
+        part[:] = (part - part.min()) / (part.max() - part.min())
     found = distiller.similarity().numpy()
+    np.testing.assert_allclose(found.min(1), expected.min(1), atol=1e-6)
+    assert (found.min(1) < 1e-6).all() == (mode == "paper")
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(found.diagonal(), 1.0, atol=1e-6)
 
@@ -114,8 +120,33 @@ def test_image_loss_equals_a_plain_reference() -> None:
     assert float(found) == pytest.approx(total, rel=1e-4)
 
 
+def test_held_pixels_are_stored_as_they_were_optimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping free ones at the end takes some of their meaning."""
+    kept: dict[str, float] = {}
+    for pixels in ("free", "held"):
+        distiller = build(image_steps=60, image_batch=50, pool_size=50, rounds=1, betas=(0.1,), image_lr=0.3, pixels=pixels, pixel_decay=0.1)
+        targets, found = distiller.targets(0), []
+
+        def watched(*arguments: Any, found: list[Tensor] = found, **named: Any) -> Any:
+            result = optimise_pixels(*arguments, **named)
+            found.extend([arguments[0], result[0]])
+            return result
+
+        monkeypatch.setattr(zskd, "optimise_pixels", watched)
+        terms = distiller._impress(targets)
+        assert "images/decay" in terms
+        start, end = found
+        share = [float(((value < 0) | (value > 1)).float().mean()) for value in (start, end)]
+        assert (min(share) > 0.2) if pixels == "free" else (max(share) == 0)
+        assert 0.3 < float((start <= 0).float().mean()) < 0.7, "half of the noise is black"
+        stored = DIGITS.normalise(distiller.pool.pixels.float() / 255)
+        logits = distiller.teachers(stored)[0] / 20
+        kept[pixels] = float(-(targets.probabilities * logits.log_softmax(-1)).sum(-1).mean())
+    assert kept["held"] < kept["free"]
+
+
 def test_the_images_come_to_mean_their_targets_and_fill_the_pixel_range() -> None:
-    distiller = build(image_steps=80, image_batch=50, rounds=1, betas=(0.1,))
+    distiller = build(image_steps=80, image_batch=50, pool_size=50, rounds=1, betas=(0.1,))
     terms = distiller.run_epoch(0)
     assert terms["images/agreement"] > 0.8
     assert 0 < terms["targets/other_class"] < 0.9
