@@ -153,6 +153,7 @@ def distill(
         logger.info("a teacher cannot take images in the channels-last layout; distilling without it")
         runtime = dataclasses.replace(runtime, channels_last=False)
     runtime = engine.recomputing(engine.shared(runtime), cls.teachers_at_once(config, len(teachers)))
+    runtime = teachers.folding(runtime, engine.resident_teachers, sharded=engine.shard_teachers)
     if not parallel.is_first():
         directory, engine = None, dataclasses.replace(engine, progress=False)
     if directory is not None:

@@ -117,8 +117,10 @@ class EngineConfig:
         if began.processes != parallel.size():
             logger.warning("the run was started by %d processes and goes on with %d: its last bits will be others", began.processes, parallel.size())
         if began.is_available:
-            asked = {"device": self.device, "threads": self.threads, "precision": self.precision, "batch_norm": self.batch_norm}
-            unused = [f"engine.{name}={value}" for name, value in asked.items() if value not in ("auto", 0, getattr(began, name))]
+            asked = {"device": self.device, "threads": self.threads or "auto", "precision": self.precision, "batch_norm": self.batch_norm}
+            asked |= {name: "auto" if getattr(self, name) else "false" for name in ("fold", "channels_last")}  # on, the default, asks for nothing
+            found = {name: str(getattr(began, name)).lower() for name in asked}
+            unused = [f"engine.{name}={value}" for name, value in asked.items() if str(value) not in ("auto", found[name])]
             if unused:
                 logger.info("%s: not used, the run goes on as it began, %s", ", ".join(unused), began)
             return began

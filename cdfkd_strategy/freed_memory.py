@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # others are what it would have come to: the most that it keeps of a process with large blocks. Its first ones would make every block of 128 KB slow.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 KEPT = {M_MMAP_THRESHOLD: 2**30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
+KEPT_BEFORE_2_35 = {**KEPT, M_MMAP_THRESHOLD: 2**25}
+"""Older ones of glibc take no threshold above this."""
 ORDINARY = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_TOP_PAD: 2**17}
 
 _depth = 0
@@ -34,11 +36,16 @@ def _glibc() -> Any:
     return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
 
 
-def _apply(settings: dict[int, int]) -> None:
+def _apply(*alternatives: dict[int, int]) -> None:
+    """The first whose threshold is taken. The others without it would be worse than nothing: glibc would stay with the threshold that it has."""
     library = _glibc()
-    for name, value in settings.items():
-        if not library.mallopt(name, value):
-            logger.debug("mallopt(%d, %d) was refused", name, value)
+    for settings in alternatives:
+        (first, value), *others = settings.items()
+        if library.mallopt(first, value):
+            for name, other in others:
+                library.mallopt(name, other)
+            return
+    logger.info("this C library keeps no freed memory: it refuses a threshold of %d", value)
 
 
 @contextmanager
@@ -50,7 +57,7 @@ def kept() -> Iterator[None]:
         return
     _depth += 1
     if _depth == 1:
-        _apply(KEPT)
+        _apply(KEPT, KEPT_BEFORE_2_35)
     try:
         yield
     finally:

@@ -63,7 +63,7 @@ class TeacherForms:
         key = (net, folded)
         if key not in self._kept:
             while self.resident and len(self._kept) >= self.resident:
-                self._kept.popitem(last=False)
+                self._forget(self._kept.popitem(last=False)[1])
             self._kept[key] = self._folded(net) if folded else self._placed(net)
         self._kept.move_to_end(key)
         return self._kept[key]
@@ -88,6 +88,12 @@ class TeacherForms:
                 logger.info("%s has no stage maps (%s)", type(form).__name__, error)
                 self._staged[form] = None
         return self._staged[form]
+
+    def _forget(self, form: Form) -> None:
+        """Let go of a copy, so that its memory is free at once and not when Python next looks for circles."""
+        staged = self._staged.pop(form.net, None)
+        if staged is not None:
+            staged.let_go()
 
     def _placed(self, net: nn.Module) -> Form:
         """A copy on the device, BatchNorm and all."""

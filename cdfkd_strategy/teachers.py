@@ -120,7 +120,7 @@ class TeacherEnsemble(nn.Module):
             raise ArchitectureError("only([]) leaves an ensemble of 0 teachers; accepted: at least one")
         nets.training = False
         some = copy.copy(self)  # a step has no time for a new ensemble; what a shallow copy shares and must not, comes next
-        some._modules, some._buffers = {**self._modules, "nets": nets}, {**self._buffers, "weights": self.weights[list(chosen)]}
+        some._modules, some._buffers = {**self._modules, "nets": nets}, {**self._buffers, "weights": torch.stack([self.weights[k] for k in chosen])}
         some.specs = tuple(self.specs[k] for k in chosen)
         return some
 
@@ -152,6 +152,17 @@ class TeacherEnsemble(nn.Module):
         """Teachers stay in eval mode."""
         return super().train(False)
 
+    def _own(self, sharded: bool) -> int:
+        """The teachers that one process computes, at most."""
+        return -(-len(self) // parallel.size()) if sharded else len(self)
+
+    def folding(self, runtime: Runtime, resident: int, *, sharded: bool = False) -> Runtime:
+        """What `prepared` makes of a runtime: where not all teachers fit on the device with and without BatchNorm, nothing is folded.
+
+        Folding takes four times as long as copying and saves a tenth of a forward pass, and a copy with BatchNorm serves every step.
+        """
+        return dataclasses.replace(runtime, fold=False) if 0 < resident < 2 * self._own(sharded) else runtime
+
     @contextmanager
     def prepared(self, runtime: Runtime, resident: int = 0, *, sharded: bool = False) -> Iterator[TeacherEnsemble]:
         """Compute inside the block on the runtime's device and as it says; results stay the same up to rounding.
@@ -160,17 +171,12 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             runtime: device, layout, precision; whether BatchNorm is folded, and whether teachers are computed a second time in the backward pass.
-            resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all. Where not all of them fit with and
-                without BatchNorm, nothing is folded: that takes four times as long as copying and saves a tenth of a forward pass, and a copy with
-                BatchNorm serves every step.
+            resident: teachers with working copies on the device at a time; the others wait where they are. 0 is all. See `folding`.
             sharded: of several processes each has working copies of some, and computes those where batches are split.
         """
-        sharded = sharded and parallel.size() > 1
+        runtime, sharded = self.folding(runtime, resident, sharded=sharded), sharded and parallel.size() > 1
         if sharded and not resident:
-            resident = 2 * -(-len(self) // parallel.size())  # folded, and with their BatchNorm
-        own = -(-len(self) // parallel.size()) if sharded else len(self)
-        if 0 < resident < 2 * own:
-            runtime = dataclasses.replace(runtime, fold=False)
+            resident = 2 * self._own(sharded)  # folded, and with their BatchNorm
         weights = self.weights
         if resident:
             self.weights = weights.to(runtime.device)

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from cdfkd_strategy.offline import write_teachers
+from cdfkd_strategy.run_config import resolve
+
 
 @pytest.fixture
 def speed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -81,12 +84,24 @@ def test_a_profile_adds_up(speed: ModuleType, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(where_time_goes, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["where_time_goes.py", "--case", "tiny", "--iterations", "1", "--device", "cpu"])
     where_time_goes.main()
-    table, picture = sorted(tmp_path.iterdir())
+    table, about, picture = sorted(tmp_path.iterdir())
+    assert {"commit", "hardware", "runtime", "versions"} <= set(json.loads(about.read_text()))
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=0.01)
     assert {"convolution", "batch norm", "optimisers"} <= {row["kind"] for row in rows}
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_on_a_gpu_counts_kernels_once(speed: ModuleType) -> None:
+    """Their time stands in the rows of the operations that started them, and in rows of their own."""
+    import where_time_goes
+    from torch.autograd import DeviceType
+
+    rows = [("aten::cudnn_convolution", 3e6), ("aten::cudnn_batch_norm", 1e6), ("aten::cudnn_batch_norm_backward", 2e6), ("aten::conv2d", 0)]
+    events = [SimpleNamespace(key=key, device_type=DeviceType.CPU, self_device_time_total=time, self_cpu_time_total=9e6) for key, time in rows]
+    events.append(SimpleNamespace(key="sm90_xmma_fprop_kernel", device_type=DeviceType.CUDA, self_device_time_total=3e6, self_cpu_time_total=0))
+    assert where_time_goes.seconds_by_kind(events, on_cuda=True) == {"convolution": 3, "batch norm": 1, "batch norm, gradients": 2}
 
 
 RESULT = {
@@ -139,6 +154,29 @@ def test_other_tables_come_from_their_results(repository: Path, tmp_path: Path, 
     assert "| plain 300 | 0, 1 | 510 ± 14 s | 77.0 ± 1.4 | 77.0 ± 0.0 | 1 of 2 |" in found
     assert "| 20 | 5 | 7 | 0.61 | 50.0 (ensemble 60.0) | 100 MB | 11 MB | 22 MB | 8 MB |" in found
     assert found.index("| quick | 1 | 75.0 |") < found.index("| slow | 2 | 71.0 ± 1.4 |")
+
+
+def test_memory_of_many_teachers_is_without_what_the_student_has(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers that took no part in the last step have no gradients, and none may be taken off."""
+    import many_teachers
+
+    monkeypatch.setattr(many_teachers, "CELL", "digits")
+    monkeypatch.setattr(many_teachers, "RUNS", tmp_path)
+    monkeypatch.setattr(many_teachers, "RESIDENT", 2)
+    seen: list[Any] = []
+    measure = many_teachers.learner_bytes
+    monkeypatch.setattr(many_teachers, "learner_bytes", lambda student: (seen.append(student), measure(student))[1])
+    write_teachers(resolve("digits", ["clients.count=3", "clients.epochs=1", "data.train_size=200"]), tmp_path / "3-0")
+    found = many_teachers.measured(3, 0, 1, 2)
+    (student,) = seen
+    with_gradients = sum(4 * parameter.numel() for parameter in student.parameters() if parameter.grad is not None)
+    weights = sum(4 * parameter.numel() for parameter in student.parameters())
+    assert 0 < with_gradients < weights
+    assert found["gradients_and_optimiser_mb"] == round((with_gradients + 2 * weights) / 2**20, 1)
+    assert found["student_mb"] == round(weights / 2**20, 1)
+    assert found["runtime"]["fold"] is False, "two of three teachers stay on the device"
+    assert 0 < found["teachers_and_activations_mb"] < 1000
+    assert 0 < found["accuracy"] <= 1
 
 
 def test_time_to_accuracy_stops_at_the_shortest_plain_run_that_suffices_and_repeats_nothing(

@@ -354,14 +354,21 @@ def test_epochs_run_in_the_scope_of_their_runtime(device: str, deterministic: bo
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_the_runtime_says_that_nothing_is_folded_where_not_all_teachers_stay(tmp_path: Path) -> None:
+    runs = {resident: run(tmp_path / str(resident), engine={"resident_teachers": resident}) for resident in (0, 1, 3, 4)}
+    assert {resident: result.runtime.fold for resident, result in runs.items()} == {0: True, 1: False, 3: False, 4: True}, "two teachers, each in two forms"
+    saved = [load_state(tmp_path / str(resident) / "checkpoint")["runtime"]["fold"] for resident in runs]
+    assert saved == [True, False, False, True]
+
+
 def test_a_resumed_run_keeps_the_runtime_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(Watching, "seen", [])
     run(tmp_path, cls=Watching, engine={"threads": 1, "max_seconds": 0.0})
     with caplog.at_level(logging.INFO), seeding.threads(2):
-        resumed = run(tmp_path, cls=Watching, engine={"threads": 3}, resume=True)
+        resumed = run(tmp_path, cls=Watching, engine={"threads": 3, "fold": False}, resume=True)
     assert Watching.seen == [(1, False)] * 4
     assert resumed.runtime.threads == 1
-    assert "engine.threads=3: not used, the run goes on as it began, Runtime(device='cpu', channels_last=True, threads=1" in caplog.text
+    assert "engine.threads=3, engine.fold=false: not used, the run goes on as it began, Runtime(device='cpu', channels_last=True, threads=1" in caplog.text
 
 
 def test_a_device_that_is_gone_can_only_be_replaced_by_a_named_one(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -71,12 +71,15 @@ def test_afterwards_a_step_does_not_pay_for_blocks_of_ordinary_size() -> None:
 
 
 class Library:
-    """A C library that notes what it is told."""
+    """A C library that notes what it is told, and refuses thresholds above its limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 2**40) -> None:
         self.told: list[Any] = []
+        self.limit = limit
 
     def mallopt(self, name: int, value: int) -> int:
+        if name == freed_memory.M_MMAP_THRESHOLD and value > self.limit:
+            return 0
         self.told.append((name, value))
         return 1
 
@@ -98,6 +101,16 @@ def test_blocks_nest_and_the_outermost_restores(monkeypatch: pytest.MonkeyPatch)
     library.told.clear()
     with Runtime(device="cuda").scope():
         assert library.told == []
+
+
+@pytest.mark.parametrize(("limit", "inside"), [(2**25, freed_memory.KEPT_BEFORE_2_35), (2**10, {})])
+def test_without_its_threshold_no_other_setting_is_made(limit: int, inside: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As glibc before 2.35 refuses one above 32 MB; the others alone would freeze it at its first value, and make every large block slow."""
+    library = Library(limit)
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: library)
+    with freed_memory.kept():
+        assert library.told == list(inside.items())
+    assert library.told[len(inside) :] == [*(freed_memory.ORDINARY.items() if inside else ()), ("trim", 0)]
 
 
 def test_without_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

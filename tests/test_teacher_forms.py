@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdfkd_strategy import teacher_forms
 from cdfkd_strategy.models.classifiers import build_classifier
@@ -106,6 +110,49 @@ class Branching(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.inner(images) if images.mean() < 100 else self.inner(-images)
+
+
+def test_a_step_with_some_of_the_teachers_copies_no_list_to_the_device() -> None:
+    """Indexing the weights with a list would make every step wait for a GPU."""
+
+    class Watch(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    teachers = TeacherEnsemble([build_classifier("lenet", IMAGE) for _ in range(4)], torch.rand(4, 5), image=IMAGE)
+    with Watch():
+        some = teachers.drawn([3, 1])
+    assert Watch.names
+    assert not [name for name in Watch.names if "index" in name or "_local_scalar_dense" in name]
+    expected = teachers.weights[[3, 1]] / teachers.weights[[3, 1]].sum(0)
+    torch.testing.assert_close(some.weights, expected)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_teachers_that_gave_way_take_no_memory(maps: bool, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those whose stages were traced, and not only after Python has looked for circles, which the memory of a GPU does not make it do."""
+    teachers, copies = ensemble(*["small_cnn"] * 5), list[weakref.ref[nn.Module]]()
+    placed = TeacherForms._placed
+
+    def watched(self: TeacherForms, net: nn.Module) -> teacher_forms.Form:
+        form = placed(self, net)
+        copies.append(weakref.ref(next(part for part in form.net.modules() if isinstance(part, nn.Conv2d))))
+        return form
+
+    monkeypatch.setattr(TeacherForms, "_placed", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        with teachers.prepared(FOLDED, 2), torch.no_grad():
+            for _ in range(3):
+                assert len(teachers.observe(images, maps=maps).maps[0]) == (3 if maps else 0)
+                assert sum(copy() is not None for copy in copies) == 2
+    finally:
+        gc.enable()
+    assert len(copies) == 15
 
 
 @pytest.mark.parametrize("resident", [0, 2])

@@ -295,5 +295,14 @@ class CDFKDMFS(Distiller):
 
 def _student_optimizer(config: CDFKDMFSConfig, student: MultiHeaderStudent) -> torch.optim.Optimizer:
     if config.student_optimizer == "adam":
-        return torch.optim.Adam(student.parameters(), lr=config.student_lr, betas=(config.momentum, 0.999), fused=True)
+        optimizer = torch.optim.Adam(student.parameters(), lr=config.student_lr, betas=(config.momentum, 0.999), fused=True)
+        _make_moments(optimizer)
+        return optimizer
     return torch.optim.SGD(student.parameters(), lr=config.student_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _make_moments(optimizer: torch.optim.Adam) -> None:
+    """Make all moments now. A step makes those of the headers that take part: they come to lie between activations, and memory grows by the gaps."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    made = [{"step": torch.zeros(()), **{name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}} for parameter in parameters]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(made))})

@@ -59,10 +59,14 @@ class StagedClassifier(nn.Module):
         shapes: ``(channels, H, W)`` of every stage.
     """
 
-    def __init__(self, net: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, net: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> None:
         super().__init__()
         self.net = net
         self.shapes = shapes
+
+    def let_go(self) -> None:
+        """Undo the circle of the network and its graph, so that the classifier's modules do not wait for the garbage collector; it is not used any more."""
+        self.net.graph.owning_module = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Images ``[B, channels, H, W]`` to logits ``[B, C]`` and the ``S`` maps ``[B, channels_s, H_s, W_s]``, finest first."""
@@ -148,8 +152,11 @@ def with_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = MAX_S
 def _trace(classifier: nn.Module, *, training: bool) -> fx.Graph:
     """The graph in train or in eval mode; every module gets its own mode back."""
     try:
+        tracer = _Tracer()
         with modes_kept(classifier):
-            return _Tracer().trace(classifier.train(training))
+            graph = tracer.trace(classifier.train(training))
+        vars(tracer).clear()  # it is in a circle of its own, and would keep the classifier until the garbage collector comes
+        return graph
     except Exception as error:  # tracing runs foreign code: whatever it raises, the answer is the same
         raise ArchitectureError(
             f"cannot find the stages of {type(classifier).__name__}: torch.fx cannot trace it ({type(error).__name__}: {error}); "

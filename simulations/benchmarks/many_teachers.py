@@ -18,10 +18,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from speed import RESULTS, machine_name
 from time_to_accuracy import QUICK
+from torch import nn
 
 from cdfkd_strategy.data.datasets import load_data
 from cdfkd_strategy.engine import distill
@@ -91,8 +92,7 @@ def measured(count: int, seed: int, per_step: int, iterations: int) -> dict[str,
     name, settings = config.method_config()
     with Peak() as peak:
         result = distill(teachers, student, name, config=settings, seed=seed, engine=config.engine, runtime=runtime)
-    parameters = sum(parameter.nbytes for parameter in student.parameters())
-    learner = 4 * parameters  # weights, gradients, both moments of Adam
+    own = learner_bytes(student)
 
     def merged() -> float:
         logits = predict(lambda images: result.student(images).logits, data.x_test, data.image)
@@ -102,12 +102,27 @@ def measured(count: int, seed: int, per_step: int, iterations: int) -> dict[str,
         "seconds_per_iteration": round(result.history[0]["seconds"] / iterations, 3),
         "accuracy": merged(),
         "ensemble_estimated": Harness(config, data).evaluate(teachers, None)["ensemble_estimated"],
-        "teachers_and_activations_mb": round((peak.most - before - learner) / 2**20, 1),
+        "teachers_and_activations_mb": round((peak.most - before - sum(own)) / 2**20, 1),
         "teacher_files_mb": round(sum(path.stat().st_size for path in (RUNS / f"{count}-{seed}").glob("*.safetensors")) / 2**20, 1),
-        "student_mb": round(parameters / 2**20, 1),
-        "gradients_and_optimiser_mb": round((learner - parameters) / 2**20, 1),
+        "student_mb": round(own.weights / 2**20, 1),
+        "gradients_and_optimiser_mb": round((own.gradients + own.moments) / 2**20, 1),
         "runtime": result.runtime.to_dict(),
     }
+
+
+class LearnerBytes(NamedTuple):
+    """What a student takes while it learns."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+
+def learner_bytes(student: nn.Module) -> LearnerBytes:
+    """Of a student after its last step with Adam. Headers that take no part in a step have no gradients."""
+    parameters = list(student.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters)
+    return LearnerBytes(weights, sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None), 2 * weights)
 
 
 def own_memory() -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
+from cdfkd_strategy.methods import cdfkd_mfs
 from cdfkd_strategy.methods.cdfkd_mfs import CDFKDMFS, CDFKDMFSConfig
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.generators import GeneratorConfig
@@ -249,6 +250,24 @@ def test_a_batch_is_reused_within_an_iteration(monkeypatch: pytest.MonkeyPatch, 
     expected = [index // reuse for index in range(5)]
     assert [next(at for at, batch in enumerate(batches) if batch.images is images) for images in seen[:5]] == expected
     assert seen[5] is batches[drawn // 2].images  # the next iteration begins with a new batch
+
+
+def test_moments_that_are_made_at_once_are_those_of_a_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header that takes part for the first time later must start as in an Adam of its own: at step 1, from zero."""
+    settings: dict[str, Any] = {"epochs": 1, "iterations": 4, "student_optimizer": "adam", "student_lr": 0.003, "teachers_per_step": 1}
+    at_once = method(**settings)
+    made = at_once.student_optimizer.state
+    assert len(made) == len(list(at_once.student.parameters()))
+    assert all(not float(value.abs().sum()) for state in made.values() for value in state.values())
+    monkeypatch.setattr(cdfkd_mfs, "_make_moments", lambda optimizer: None)
+    lazily = method(**settings)
+    assert not lazily.student_optimizer.state
+    for distiller in (at_once, lazily):
+        distiller.run_epoch(0)
+    for mine, theirs in zip(at_once.student.parameters(), lazily.student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    steps = {float(state["step"]) for state in at_once.student_optimizer.state.values()}
+    assert len(steps) > 1, "headers took part in some of the steps"
 
 
 def test_adam_and_one_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
