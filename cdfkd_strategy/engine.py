@@ -170,7 +170,8 @@ def distill(
             run.history = saved["history"]
             logger.info("continuing after epoch %d of %d", len(run.history), distiller.num_epochs)
         _check_together(run)
-        with shared_batch_norm(distiller.networks if parallel.size() > 1 and runtime.batch_norm == "synchronised" else []):
+        shared = shared_batch_norm(distiller.networks if parallel.size() > 1 and runtime.batch_norm == "synchronised" else [])
+        with shared, runtime.compiling([distiller.generator] if distiller.generator is not None else []):
             stopped_by = _epochs(run, engine, evaluate if parallel.is_first() else None)
     student.eval()
     if directory is not None:

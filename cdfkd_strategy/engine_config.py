@@ -40,6 +40,8 @@ class EngineConfig:
             `RECOMPUTE_FROM` teachers on.
         batch_norm: of student and generator over several processes: "synchronised" is that of the whole batch, as in one process; "local" is that of
             each process's rows, which is faster and other mathematics. Distances from the teachers' statistics are always those of the whole batch.
+        compile: compile the student's trunk and the generator in place, half a minute or more at every start (`compiled_networks`); where torch cannot, it
+            says so and goes on without. Bits depend on it.
         resident_teachers: teachers that have working copies on the device at a time; the weights of all stay in their files, where there are files. 0 is all.
         shard_teachers: several processes share the teachers out, for those that do not fit on one device: each keeps some, which compute the batches of
             all. A step needs at least one for each. Last bits depend on it.
@@ -62,6 +64,7 @@ class EngineConfig:
     fold: bool = True
     recompute_teachers: bool | Literal["auto"] = "auto"
     batch_norm: BatchNorm = "synchronised"
+    compile: bool = False
     resident_teachers: int = 0
     shard_teachers: bool = False
     runtime_from: str | None = None
@@ -96,7 +99,7 @@ class EngineConfig:
         """
         if self.runtime_from is not None:
             return self._read_runtime(Path(self.runtime_from))
-        choices = {"channels_last": self.channels_last, "fold": self.fold, "recompute": self.recompute_teachers is True, "batch_norm": self.batch_norm}
+        choices = {name: getattr(self, name) for name in ("channels_last", "fold", "batch_norm", "compile")} | {"recompute": self.recompute_teachers is True}
         runtime = Runtime.auto(self.device, self.precision, **choices, **({"threads": self.threads} if self.threads else {}))
         if not runtime.is_available:
             raise ConfigError(f"engine.device is {self.device!r}, but torch sees {torch.cuda.device_count() or 'no'} CUDA device(s); use auto or cpu")
@@ -118,7 +121,8 @@ class EngineConfig:
             logger.warning("the run was started by %d processes and goes on with %d: its last bits will be others", began.processes, parallel.size())
         if began.is_available:
             asked = {"device": self.device, "threads": self.threads or "auto", "precision": self.precision, "batch_norm": self.batch_norm}
-            asked |= {name: "auto" if getattr(self, name) else "false" for name in ("fold", "channels_last")}  # on, the default, asks for nothing
+            asked |= {name: "auto" if getattr(self, name) else "false" for name in ("fold", "channels_last")}  # the default asks for nothing
+            asked |= {"compile": "true" if self.compile else "auto"}
             found = {name: str(getattr(began, name)).lower() for name in asked}
             unused = [f"engine.{name}={value}" for name, value in asked.items() if str(value) not in ("auto", found[name])]
             if unused:

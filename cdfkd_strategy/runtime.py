@@ -14,8 +14,8 @@ A run that is continued keeps the runtime it began with, so that an interruption
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import freed_memory, parallel, seeding
+from cdfkd_strategy.compiled_networks import compiled
 from cdfkd_strategy.config import bind
 from cdfkd_strategy.precision import Precision, as_it_was, keep_depthwise_full, measured_precision
 
@@ -46,6 +47,7 @@ class Runtime:
         processes: among how many every batch is split (`parallel`).
         batch_norm: of student and generator over several processes: "synchronised" is that of the whole batch, as in one process, "local" that of each
             process's rows.
+        compile: compile the student's trunk and the generator (`compiled_networks`), where torch can.
     """
 
     device: str = "cpu"
@@ -56,6 +58,7 @@ class Runtime:
     recompute: bool = False
     processes: int = 1
     batch_norm: BatchNorm = "synchronised"
+    compile: bool = False
 
     @classmethod
     def auto(cls, device: str = "auto", precision: Precision | Literal["auto"] = "auto", **choices: Any) -> Runtime:
@@ -120,10 +123,18 @@ class Runtime:
     def computing(self, module: M) -> Iterator[M]:
         """`place` a module, and let it compute as fast as it can inside the block; afterwards it is an ordinary module on the device."""
         changed = keep_depthwise_full(module) if self.keeps_depthwise_full else []
+        trunk = getattr(module, "trunk", None)  # what headers and copies with some of them share
         try:
-            yield self.place(module)
+            with self.compiling([trunk] if isinstance(trunk, nn.Module) else []):
+                yield self.place(module)
         finally:
             as_it_was(changed)
+
+    @contextmanager
+    def compiling(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Compute modules compiled inside the block, if this runtime is to."""
+        with compiled(modules, self.device) if self.compile and modules else nullcontext():
+            yield
 
     def images(self, batch: Tensor) -> Tensor:
         """Move a batch of images ``[B, channels, H, W]`` to the device, in the layout of this runtime."""
