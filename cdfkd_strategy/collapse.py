@@ -10,7 +10,7 @@ import torch
 from cdfkd_strategy import seeding
 from cdfkd_strategy.distiller import Distiller
 from cdfkd_strategy.losses.statistics import batch_norm_loss
-from cdfkd_strategy.models.head_fusion import fuse
+from cdfkd_strategy.models.head_fusion import fuse, header_weights
 from cdfkd_strategy.models.modes import evaluating
 from cdfkd_strategy.types import Metrics
 
@@ -51,7 +51,7 @@ class CollapseWatch:
         with evaluating(distiller.student):
             student = distiller.student(images).logits
         target = fuse(teachers.logits, weights)
-        mine = fuse(student, weights if len(student) == len(weights) else torch.ones_like(weights[:1]))
+        mine = fuse(student, header_weights(weights, len(student)))
         classes = target.exp().mean(0)
         found = {
             "watch/student_teacher_l1": float((mine.exp() - target.exp()).abs().sum(-1).mean()),

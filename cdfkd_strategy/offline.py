@@ -25,7 +25,7 @@ from cdfkd_strategy.harness import Examination, Harness
 from cdfkd_strategy.local_training import Trained, train_all
 from cdfkd_strategy.local_training.attention import fit_attention, mean_attention
 from cdfkd_strategy.methods import METHODS, get_method
-from cdfkd_strategy.models.head_fusion import HeadAttention
+from cdfkd_strategy.models.head_fusion import HeadAttention, header_weights
 from cdfkd_strategy.models.plain_student import Student
 from cdfkd_strategy.provenance import peak_memory_mb, usable_cores
 from cdfkd_strategy.run_config import WHERE, RunConfig, from_values
@@ -258,7 +258,7 @@ def distill_directory(work: Plan, out: Path, *, resume: bool = False) -> Distill
         student = chosen_student(
             settings.heads, settings.backbone, ensemble, max_width=settings.max_width, init=settings.init, stages=settings.stages, seed=config.seed
         )
-    weights = header_weights(student, ensemble)
+    weights = header_weights(ensemble.weights, student.heads)
     started = time.perf_counter()
     result = distill(
         ensemble,
@@ -297,11 +297,6 @@ def head_attention(work: Plan, student: Student) -> HeadAttention | None:
         asked = {"samples": config.clients.attention_samples, "seed": config.seed, "partition_id": k}
         fits.append(fit_attention(student, share, image=work.data.image, round=1, **asked))
     return mean_attention([fit for fit in fits if fit is not None], work.data.image.num_classes)
-
-
-def header_weights(student: Student, teachers: TeacherEnsemble) -> torch.Tensor:
-    """Class weights of the student's headers: those of the teachers, or ones ``[1, C]`` for a single header."""
-    return teachers.weights if student.heads == len(teachers) else torch.ones_like(teachers.weights[:1])
 
 
 def teacher_weights(config: RunConfig, teachers: TeacherSet, ensemble: TeacherEnsemble) -> torch.Tensor:

@@ -26,7 +26,8 @@ class BatchRecipe:
         reuse: student steps on one batch, within an iteration. It and the teachers' answers are computed once.
         average: decay of a moving average of the generator's weights over its steps, as in MAD (arXiv:2209.10359), which
             makes half of the fresh images; 0 is none.
-        replay_size: earlier images that are kept, at most, as 8-bit pixels on the CPU; 0 is none.
+        replay_size: earlier images that are kept, at most, as 8-bit pixels on the CPU; 0 is none. Values outside the range of pixels, which a generator
+            without ``output="sigmoid"`` makes, are clipped.
         replay_share: of a batch that are earlier images, as soon as there are some.
     """
 

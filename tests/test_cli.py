@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from cdfkd_strategy import cli, load_student
+from cdfkd_strategy.checkpoint import load_tensors
 from cdfkd_strategy.cli import running
 from cdfkd_strategy.cli.showing import needs, status, students
 from cdfkd_strategy.config import to_dict
@@ -109,6 +111,7 @@ THIRD_PARTY = {
     "elsewhere_method.py": '''
 """Elsewhere: does nothing, as (https://arxiv.org/abs/1234.56789) has it. A client discloses its weights."""
 from dataclasses import dataclass
+import torch
 from cdfkd_strategy.distiller import Distiller
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Elsewhere(Distiller):
     num_epochs = 1
 
     def run_epoch(self, epoch):
+        with torch.no_grad():
+            for parameter in self.student.parameters():
+                parameter.zero_()
         return {"zero": 0.0}
 ''',
     "elsewhere_kd-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: elsewhere-kd\nVersion: 1.2\n",
@@ -130,13 +136,65 @@ class Elsewhere(Distiller):
 """A method in a distribution of its own, as pip would have installed it."""
 
 
+BROKEN = {
+    "broken_method.py": "import a_package_that_is_not_there\n",
+    "odd_method.py": "from cdfkd_strategy.methods.rdskd import RDSKD as Other\nNumber = 7\n",
+    "broken_kd-0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: broken-kd\nVersion: 0.1\n",
+    "broken_kd-0.1.dist-info/entry_points.txt": (
+        "[cdfkd_strategy.methods]\nbroken = broken_method:Broken\nnumber = odd_method:Number\nother = odd_method:Other\nmissing = odd_method:Missing\n"
+    ),
+}
+"""One that cannot be imported, names what is no method, and a method under another name."""
+
+
+def install(files: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Put a distribution into a folder; gives the environment of a Python that finds it."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])])}
+
+
+def test_a_method_of_another_distribution_trains_a_student_and_is_a_row_of_a_bench(tmp_path: Path, teachers: Path) -> None:
+    """The rows of a bench run in processes that are started anew."""
+    environment = install(THIRD_PARTY, tmp_path)
+    shared = {"config": {"base": "digits", "data": {"train_size": 100, "test_size": 40}, "clients": {"count": 2, "epochs": 1}}}
+    (tmp_path / "bench.yaml").write_text(yaml.safe_dump({"study": "theirs", "seeds": [1], **shared, "methods": {"theirs": {"name": "elsewhere"}}}))
+    commands = (
+        ["distill", "--teachers", str(teachers), "--method", "elsewhere", "--out", str(tmp_path / "run")],
+        ["bench", str(tmp_path / "bench.yaml"), "--out", str(tmp_path / "bench")],
+    )
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", "cdfkd_strategy", *command], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+    student = load_tensors(tmp_path / "run" / "student.safetensors")
+    assert not float(student["headers.0.classifier.weight"].abs().sum()), "its epoch was run"
+    (row,) = csv.DictReader((tmp_path / "bench" / "table.csv").open(encoding="utf-8"))
+    assert (row["method"], row["registered_as"], row["error"]) == ("theirs", "elsewhere", "")
+    assert 0 < float(row["accuracy_last"]) < 0.3
+
+
+def test_a_broken_distribution_takes_no_method_away(tmp_path: Path) -> None:
+    environment = install(BROKEN, tmp_path)
+    done = subprocess.run([sys.executable, "-m", "cdfkd_strategy", "methods"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cdfkd_mfs" in done.stdout
+    assert "Traceback" not in done.stderr
+    reasons = {
+        "broken": "broken_method:Broken of broken-kd cannot be used: ModuleNotFoundError: No module named 'a_package_that_is_not_there'",
+        "number": "odd_method:Number of broken-kd cannot be used: ConfigError: it names 7; accepted: a subclass of Distiller",
+        "other": "ConfigError: its class says name = 'rdskd'; accepted: the name of the entry point",
+        "missing": "AttributeError: ",
+    }
+    for name, words in reasons.items():
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"method '{name}' is left out, since ")]
+        assert words in line
+
+
 def test_a_method_of_another_distribution_is_listed_and_configured(tmp_path: Path) -> None:
-    for name, text in THIRD_PARTY.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    environment = install(THIRD_PARTY, tmp_path)
     code = "from cdfkd_strategy.cli import main\nmain(['methods'])\nmain(['config', 'digits', 'method.name=elsewhere'])\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     (row,) = [line for line in done.stdout.splitlines() if "│ elsewhere " in line]
     assert "https://arxiv.org/abs/1234.56789" in row
     text = " ".join(done.stdout.split())

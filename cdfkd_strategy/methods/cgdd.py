@@ -63,7 +63,7 @@ from cdfkd_strategy.losses.preset_labels import label_cross_entropy
 from cdfkd_strategy.losses.statistics import batch_norm_loss
 from cdfkd_strategy.models.conditional_generator import build_conditional_generator
 from cdfkd_strategy.models.generators import GeneratorConfig, sampling
-from cdfkd_strategy.models.head_fusion import fuse
+from cdfkd_strategy.models.head_fusion import fuse, header_weights
 from cdfkd_strategy.models.multi_header import with_maps
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.schedules import cosine, set_rate
@@ -237,7 +237,7 @@ class CGDD(Distiller):
         config, weights = self.config, self.teachers.weights
         terms = {f"student/{config.discrepancy}": self.discrepancy(student, teachers.logits, config.temperature)}
         if config.label_weight > 0:
-            fused = fuse(student, weights if len(student) == len(weights) else torch.ones_like(weights[:1]))
+            fused = fuse(student, header_weights(weights, len(student)))
             nll = F.nll_loss(fused, labels, reduction="none")
             terms["student/label"] = config.label_weight * (nll * agree if config.mask_labels else nll).mean()
         if config.attention_weight > 0:

@@ -18,6 +18,8 @@ Deviations:
 
 - Several teachers (the paper has one): header k imitates teacher k and the discrepancy is the mean over the headers; a
   student with one header imitates the class-weighted mean of the teachers' logits. One teacher is the paper's case.
+- The generator's BatchNorm has the epsilon of CDFKD-MFS's (0.8; ``generator.batch_norm_eps``), where DFAD's own has 1e-5. The large one (128 px and
+  more) starts from torch's weights, the authors' from N(0, 0.02^2).
 - The last epoch counts; the authors keep the epoch that is best on test images.
 - ``schedule="cosine"`` instead of the authors' steps, for short budgets.
 

@@ -14,7 +14,7 @@ could not be read and its authors published no code; where a choice has a settin
 
 - L_G and temperature: the paper's baseline without Gm is adversarial belief matching, hence the divergence at
   ``temperature`` 1. R_BN holds G to images that the teachers know, with the weight of CDFKD-MFS (``bn_weight``; 0 is
-  without).
+  without); unlike there, its first layer counts no more than the others (``first_layer_weight``).
 - lambda is 1 (``ema_weight``; 0 is the baseline, and then Gm is not sampled).
 - The average covers G's parameters and its BatchNorm buffers. Gm is sampled in train mode like G, from the statistics
   of its own batch, so that the images of both are standardised alike. x and xm pass the student as one batch of 2 B. None

@@ -48,6 +48,11 @@ def weighted(weights: Tensor) -> list[int]:
     return torch.nonzero((weights > 0).any(dim=1)).flatten().tolist()
 
 
+def header_weights(weights: Tensor, heads: int) -> Tensor:
+    """Class weights ``[heads, C]`` of a student's headers: those of the teachers ``[K, C]`` where each has its header, else equal ones."""
+    return weights if heads == len(weights) else torch.full_like(weights[:1], 1 / heads).expand(heads, -1)
+
+
 def fuse(logits: Tensor, weights: Tensor) -> Tensor:
     """The weighted log-opinion pool behind ensemble rows, the fused loss and the merged student.
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.engine import distill
+from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.methods.dfed import DFED, DFEDConfig
 from cdfkd_strategy.models.generators import GeneratorConfig
@@ -135,3 +137,17 @@ def test_the_defaults_are_the_authors_for_cifar_100_and_those_of_cdfkd_mfs() -> 
 def test_settings_that_cannot_work_are_errors(setting: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"method.{setting} is {value}"):
         DFEDConfig(**{setting: value})
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_a_student_with_another_number_of_headers_is_distilled_and_watched(heads: int) -> None:
+    """Where headers are not the teachers', the watch fuses them with equal weights."""
+    teachers = trained_ensemble(3)
+    student = tiny_student(heads)
+    result = distill(teachers, student, "dfed", config=DFEDConfig.toy(), seed=3, engine=EngineConfig(device="cpu", progress=False))
+    images = result.sample(64, seeding.generator("watch", 3, result.epochs_done - 1))
+    assert images is not None
+    with torch.no_grad():
+        mine = student(images).logits.log_softmax(-1).mean(0).softmax(-1)
+        theirs = teachers(images).log_softmax(-1).mean(0).softmax(-1)
+    assert result.history[-1]["watch/student_teacher_l1"] == pytest.approx(float((mine - theirs).abs().sum(-1).mean()), rel=1e-3)
