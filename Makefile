@@ -79,7 +79,7 @@ bench: $(STAMP)
 
 # The tables in README.md and simulations/README.md, from the committed results.
 report: $(STAMP)
-	$(BIN)/cdfkd report simulations/results --readme README.md
+	$(BIN)/cdfkd report simulations/results --tables --readme README.md
 	$(BIN)/cdfkd report simulations/results --readme simulations/README.md >/dev/null
 	$(BIN)/python simulations/benchmarks/speed_table.py
 

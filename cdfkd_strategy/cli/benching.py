@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,11 @@ from cdfkd_strategy.bench.record import read_done, with_columns
 from cdfkd_strategy.bench.running import run_bench
 from cdfkd_strategy.bench.table import entries, markdown_table, write_tables
 from cdfkd_strategy.cli.running import check_out
+from cdfkd_strategy.cli.tables import write_and_say
 from cdfkd_strategy.directory_lock import held
-from cdfkd_strategy.errors import MissingExtraError
 from cdfkd_strategy.parallel import check_alone
 from cdfkd_strategy.report import find_results, put
 from cdfkd_strategy.summary import BENCH, is_same_config
-
-logger = logging.getLogger(__name__)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -41,9 +38,9 @@ def bench(args: argparse.Namespace) -> None:
         others = _left_out(everything, found, out)
         summaries = run_bench(found, out, teachers=teachers, jobs=args.jobs, kept=[*kept, *others], on_done=on_done)
     print(markdown_table(entries(summaries)))
-    _write(out, _in_order([*others, *summaries], everything))
+    write_and_say(out, _in_order([*others, *summaries], everything))
     if results is not None:
-        _write(results / found.study, _keep(results, found.study, summaries))
+        write_and_say(results / found.study, _keep(results, found.study, summaries))
 
 
 def _left_out(everything: BenchConfig, started: BenchConfig, out: Path) -> list[dict[str, Any]]:
@@ -63,14 +60,3 @@ def _keep(results: Path, study: str, summaries: list[dict[str, Any]]) -> list[di
     for summary in summaries:
         put(summary, results)
     return [item for item in find_results(results / study) if item["study"] == study]
-
-
-def _write(directory: Path, summaries: list[dict[str, Any]]) -> None:
-    """Table and picture, and where they are."""
-    try:
-        written = write_tables(directory, summaries)
-    except MissingExtraError as error:
-        logger.info("no picture: %s", error)
-        written = write_tables(directory, summaries, picture=False)
-    for path in written:
-        print(f"written:  {path}")

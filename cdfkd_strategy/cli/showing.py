@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
-from cdfkd_strategy.cli.tables import label_table, run_table, show
+from cdfkd_strategy.cli.tables import label_table, run_table, show, write_and_say
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.data.image_data import ImageData
 from cdfkd_strategy.distiller import Distiller
@@ -22,7 +22,7 @@ from cdfkd_strategy.methods import METHODS
 from cdfkd_strategy.offline import DISCLOSED
 from cdfkd_strategy.report import collect, find_results, markdown_report, rewrite_tables
 from cdfkd_strategy.run_config import RunConfig, config_names, resolve
-from cdfkd_strategy.summary import FILE_NAME, discloses_counts, read_summary
+from cdfkd_strategy.summary import BENCH, FILE_NAME, discloses_counts, read_summary
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,10 @@ def report(args: argparse.Namespace) -> None:
     if not summaries:
         raise CDFKDError(f"there is no {FILE_NAME} in or below {directory}; give a run directory or a folder of results")
     print(markdown_report(summaries))
+    if args.tables:
+        for study in dict.fromkeys(item["study"] for item in summaries if BENCH in item):
+            folder = directory / study if (directory / study).is_dir() else directory
+            write_and_say(folder, [item for item in summaries if item["study"] == study])
     if args.readme:
         changed = rewrite_tables(Path(args.readme), summaries)
         logger.info("%s: %s", args.readme, "tables rewritten" if changed else "tables were up to date")

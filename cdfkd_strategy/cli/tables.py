@@ -1,8 +1,10 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and those of benches for files."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cdfkd_strategy.bench.table import write_tables
+from cdfkd_strategy.errors import MissingExtraError
 from cdfkd_strategy.summary import discloses_counts
+
+logger = logging.getLogger(__name__)
 
 ROWS = (
     ("fedavg", "one-shot FedAvg"),
@@ -97,3 +103,14 @@ def show(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
+
+
+def write_and_say(directory: Path, summaries: list[dict[str, Any]]) -> None:
+    """Tables and picture of a bench, and where they are."""
+    try:
+        written = write_tables(directory, summaries)
+    except MissingExtraError as error:
+        logger.info("no picture: %s", error)
+        written = write_tables(directory, summaries, picture=False)
+    for path in written:
+        print(f"written:  {path}")

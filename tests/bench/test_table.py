@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from cdfkd_strategy import cli
 from cdfkd_strategy.bench.record import BenchRecord
 from cdfkd_strategy.bench.table import COLUMNS, csv_table, entries, markdown_table, write_tables
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.errors import CDFKDError, MissingExtraError
-from cdfkd_strategy.report import collect, find_results, markdown_report, with_tables
+from cdfkd_strategy.report import collect, find_results, markdown_report, put, with_tables
 from cdfkd_strategy.run_config import from_values
 from cdfkd_strategy.summary import SummaryWriter, read_summary
 
@@ -129,6 +130,20 @@ def test_results_are_kept_by_cell_and_row_and_reported_like_the_others(runs: Pat
     table = markdown_table(entries(find_results(kept)))
     assert table in markdown_report(find_results(kept))
     assert table in with_tables("<!-- results: s -->\n<!-- end of results -->\n", find_results(kept))
+
+
+def test_the_command_writes_the_tables_of_all_benches_anew(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for summary in find_results(runs):
+        put(summary, tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert not list(tmp_path.rglob("table.csv"))
+    assert cli.main(["report", str(tmp_path), "--tables"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"table.csv", "table.md", "accuracy_seconds.png"}
+    assert f"written:  {folder / 'accuracy_seconds.png'}" in capsys.readouterr().out
+    before = (folder / "table.csv").read_bytes()
+    assert cli.main(["report", str(folder), "--tables"]) == 0
+    assert (folder / "table.csv").read_bytes() == before, "the folder of one study will do"
 
 
 def test_files_are_written_with_and_without_matplotlib(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
