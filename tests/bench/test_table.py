@@ -133,12 +133,13 @@ def test_results_are_kept_by_cell_and_row_and_reported_like_the_others(runs: Pat
 
 
 def test_the_command_writes_the_tables_of_all_benches_anew(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results"
     for summary in find_results(runs):
-        put(summary, tmp_path)
-    assert cli.main(["report", str(tmp_path)]) == 0
-    assert not list(tmp_path.rglob("table.csv"))
-    assert cli.main(["report", str(tmp_path), "--tables"]) == 0
-    (folder,) = tmp_path.iterdir()
+        put(summary, results)
+    assert cli.main(["report", str(results)]) == 0
+    assert not list(results.rglob("table.csv"))
+    assert cli.main(["report", str(results), "--tables"]) == 0
+    (folder,) = results.iterdir()
     assert {path.name for path in folder.iterdir() if path.is_file()} == {"table.csv", "table.md", "accuracy_seconds.png"}
     assert f"written:  {folder / 'accuracy_seconds.png'}" in capsys.readouterr().out
     before = (folder / "table.csv").read_bytes()
