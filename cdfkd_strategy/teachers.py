@@ -86,6 +86,7 @@ class TeacherEnsemble(nn.Module):
         uniform = torch.ones(len(models))
         self.register_buffer("weights", class_weights(uniform if weights is None else weights, len(models), image.num_classes))
         self._forms = TeacherForms(image, Runtime(channels_last=False))
+        self._numbers = tuple(range(len(models)))  # among the teachers that were prepared together
         self.train(False)
 
     def __len__(self) -> int:
@@ -121,7 +122,7 @@ class TeacherEnsemble(nn.Module):
         nets.training = False
         some = copy.copy(self)  # a step has no time for a new ensemble; what a shallow copy shares and must not, comes next
         some._modules, some._buffers = {**self._modules, "nets": nets}, {**self._buffers, "weights": torch.stack([self.weights[k] for k in chosen])}
-        some.specs = tuple(self.specs[k] for k in chosen)
+        some.specs, some._numbers = tuple(self.specs[k] for k in chosen), tuple(self._numbers[k] for k in chosen)
         return some
 
     def drawn(self, chosen: Sequence[int]) -> TeacherEnsemble:
@@ -181,11 +182,12 @@ class TeacherEnsemble(nn.Module):
         if resident:
             self.weights = weights.to(runtime.device)
         before, self._forms = self._forms, TeacherForms(self.image, runtime, resident, sharded=sharded)
+        numbers, self._numbers = self._numbers, tuple(range(len(self)))
         try:
             with nullcontext() if resident else runtime.computing(self):
                 yield self
         finally:
-            self._forms = before
+            self._forms, self._numbers = before, numbers
             if resident:  # the networks stayed where they were, and the ensemble is asked further on
                 self.weights = weights
 
@@ -214,7 +216,7 @@ class TeacherEnsemble(nn.Module):
             def answer(net: nn.Module, batch: Tensor) -> Answer:
                 return self._recomputed(self._observe, net, batch, bn, maps, distance)[:3]
 
-            asked = answers_of_all(answer, list(self.nets), images)  # methods that want more do not run on several processes
+            asked = answers_of_all(answer, list(self.nets), self._numbers, images)  # methods that want more do not run on several processes
             logits, features, distances = zip(*asked, strict=True)
             return TeacherOutputs(torch.stack(logits), features, distances)
         seen = (self._recomputed(self._observe, net, images, bn, maps, distance) for net in self.nets)

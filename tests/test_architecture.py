@@ -17,7 +17,8 @@ PACKAGE = REPOSITORY / "cdfkd_strategy"
 # A module may import modules of its own level and of lower ones. A package's level is that of all modules in it.
 LEVELS = {
     "child_process": 0, "directory_lock": 0,
-    "types": 0, "errors": 0, "registry": 0, "config": 0, "seeding": 0, "precision": 0, "freed_memory": 0, "compiled_networks": 0, "runtime": 0, "schedules": 0, "parallel": 0,
+    "types": 0, "errors": 0, "registry": 0, "config": 0, "seeding": 0, "precision": 0, "freed_memory": 0,
+    "compiled_networks": 0, "runtime": 0, "schedules": 0, "parallel": 0,
     "losses": 1, "models": 1, "data": 1, "checkpoint": 1, "history": 1, "term_means": 1, "progress": 1, "provenance": 1,
     "teachers": 2, "teacher_forms": 2, "teacher_shards": 2, "teacher_draw": 2, "synthetic_batches": 2,
     "competence": 2, "local_training": 2, "metrics": 2, "teacher_directory": 2, "student_io": 2, "single_header": 2,
