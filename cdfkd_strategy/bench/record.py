@@ -98,7 +98,7 @@ def measure(run: BenchRun, done: Distilled, hashes: tuple[str, ...]) -> BenchRec
         bytes_up=sum(_bytes(net) for net in teachers.nets),
         bytes_down=_bytes(student) * len(teachers),
         curve=tuple(point[1:] for point in curve),
-        recall=() if confusion is None else tuple((confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()),
+        recall=() if confusion is None else tuple(round(share, 6) for share in (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()),
         metrics={name: next(row[name] for row in reversed(history) if name in row) for name in run.metrics if any(name in row for row in history)},
         published=run.published,
     )
