@@ -27,7 +27,7 @@ from cdfkd_strategy.teacher_directory import INDEX, load_teachers
 logger = logging.getLogger(__name__)
 
 TEACHERS = "teachers"
-WILL_PASS = (OSError, MemoryError, torch.OutOfMemoryError)
+WILL_PASS = (OSError, MemoryError, torch.cuda.OutOfMemoryError)
 """What a run may fail for and succeed the next time: a full disk, memory that something else had."""
 
 Start = Callable[[BenchRun, Path, Path], None]

@@ -110,7 +110,7 @@ def _add_showing(commands: Any) -> None:
     report.add_argument("--keep", metavar="RESULTS", help="also copy the summary of a finished run to RESULTS/<study>/<cell>-seed<n>")
     report.add_argument("--readme", metavar="FILE", help="also rewrite the result tables between the markers of this Markdown file")
     report.add_argument(
-        "--tables", action="store_true", help="also write table.csv, table.md and accuracy_seconds.png of every bench, DIR/<study> having its results"
+        "--tables", action="store_true", help="also write table.csv, table.md and accuracy_seconds.png of every bench in DIR, beside its results"
     )
     report.set_defaults(command="showing:report")
 

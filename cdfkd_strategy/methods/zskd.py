@@ -23,7 +23,8 @@ entry is another class than k.
 Two bugs of the authors' code:
 
 - It brings C to [0, 1] as a whole, and its sampler every row of beta C once more, so that beta = 0.1 is beta = 1 and all targets are soft
-  ones. In the paper it is the rows of C, before beta: ``mode="paper"``, the default; ``mode="code"`` does the same as the code.
+  ones. In the paper, as summaries of it quote, it is the rows of C, before beta: ``mode="paper"``, the default; ``mode="code"`` does the
+  same as the code.
 - It draws new noise once per class and beta only, so that all batches but the first start from the images before them. Here every
   round starts from noise, in both modes.
 

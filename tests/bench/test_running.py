@@ -292,7 +292,7 @@ def test_an_error_in_a_method_is_a_result_too(done: Path, tmp_path: Path, monkey
     assert "Traceback" in caplog.text
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no memory"), torch.cuda.OutOfMemoryError("no memory")], ids=repr)
 def test_what_may_pass_is_tried_again(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken(self: RDSKD, epoch: int) -> Metrics:
         raise error
