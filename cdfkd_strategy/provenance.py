@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -71,13 +72,15 @@ def usable_cores() -> int:
 
 
 def _cpu_model() -> str:
+    """Its name, and the matrix unit where it has one: two processors of one name can be six times apart in bfloat16."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
+        about = ""
+    name = re.search(r"^model name\s*:(.*)$", about, re.MULTILINE)
+    if name is None:
+        return platform.processor() or platform.machine() or "unknown"
+    return name[1].strip() + (" with AMX" if re.search(r"^flags\s*:.*\bamx_bf16\b", about, re.MULTILINE) else "")
 
 
 def versions() -> dict[str, str | None]:

@@ -31,7 +31,8 @@ def speed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("cpu", "name"), [("Intel(R) Xeon(R) Processor", "Intel-Xeon-Processor-2-threads"), ("AMD EPYC", "AMD-EPYC-2-threads"), ("x / y", "x-y-2-threads")]
+    ("cpu", "name"),
+    [("Intel(R) Xeon(R) Processor with AMX", "Intel-Xeon-Processor-with-AMX-2-threads"), ("AMD EPYC", "AMD-EPYC-2-threads"), ("x / y", "x-y-2-threads")],
 )
 def test_results_of_two_processors_never_share_a_file(cpu: str, name: str, speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "hardware", lambda: {"cpu": cpu})

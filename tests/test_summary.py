@@ -261,6 +261,23 @@ def test_hardware_and_memory_are_known() -> None:
     assert 10 < provenance.peak_memory_mb() < 1e6
 
 
+CPUINFO = "processor\t: 0\nmodel name\t: Some Processor\nflags\t\t: fpu avx512_bf16{more}\nbogomips\t: 4600.00\n"
+
+
+@pytest.mark.parametrize(("more", "name"), [("", "Some Processor"), (" amx_tile amx_bf16", "Some Processor with AMX")])
+def test_a_matrix_unit_belongs_to_the_processors_name(more: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: CPUINFO.format(more=more))
+    assert provenance.hardware()["cpu"] == name
+
+
+def test_a_machine_that_does_not_name_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert provenance.hardware()["cpu"]
+
+
 def test_the_package_and_the_project_agree_on_the_version(repository: Path) -> None:
     import tomllib
 
