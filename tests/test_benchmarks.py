@@ -148,13 +148,14 @@ def test_other_tables_come_from_their_results(repository: Path, tmp_path: Path, 
     (tmp_path / "speed" / "box-many-teachers.json").write_text(json.dumps({**common, "rows": [many]}))
     (tmp_path / "calibration").mkdir()
     (tmp_path / "calibration" / "fast-distillation.csv").write_text(
-        "candidate,student_merged,commit_of_run\nslow,0.70,0123456789abc\nquick,0.75,0123456789abc\nslow,0.72,0123456789abc\n"
+        "candidate,seed,student_merged,commit_of_run\nslow,100,0.70,0123456789abc\nquick,101,0.75,0123456789abc\n"
+        "slow,101,0.72,0123456789abc\nfast,100,0.71,0123456789abc\n"
     )
     kinds = {"time to accuracy": "box", "many teachers": "box", "recipes": "fast"}
     found = speed_table.with_tables("".join(f"<!-- {kind}: {name} -->\n<!-- end of {kind} -->\n" for kind, name in kinds.items()), tmp_path)
     assert "| plain 300 | 0, 1 | 510 ± 14 s | 77.0 ± 1.4 | 77.0 ± 0.0 | 1 of 2 |" in found
     assert "| 20 | 5 | 7 | 0.61 | 50.0 (ensemble 60.0) | 100 MB | 11 MB | 22 MB | 8 MB |" in found
-    assert found.index("| quick | 1 | 75.0 |") < found.index("| slow | 2 | 71.0 ± 1.4 |")
+    assert found.index("| fast | 71.0 | - |") < found.index("| slow | 70.0 | 72.0 |") < found.index("| quick | - | 75.0 |")
 
 
 def test_memory_of_many_teachers_is_without_what_the_student_has(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

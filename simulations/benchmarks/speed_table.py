@@ -100,15 +100,16 @@ def local_epochs(result: Mapping[str, Any]) -> str:
 
 
 def recipes(rows: Sequence[Mapping[str, str]]) -> str:
-    """Candidates in the order of their accuracy."""
-    candidates: dict[str, list[Mapping[str, str]]] = {}
+    """Candidates with a column per federation, in the order of the first one: not every candidate has been run on every federation."""
+    candidates: dict[str, dict[int, float]] = {}
     for row in rows:
-        candidates.setdefault(row["candidate"], []).append(row)
-    found = {name: [100 * float(row["student_merged"]) for row in own] for name, own in candidates.items()}
-    ordered = sorted(found, key=lambda name: -mean(found[name]))
-    table = markdown(["recipe", "federations", "accuracy"], [[name, str(len(found[name])), spread(found[name])] for name in ordered])
+        candidates.setdefault(row["candidate"], {})[int(row["seed"])] = 100 * float(row["student_merged"])
+    seeds = sorted({seed for found in candidates.values() for seed in found})
+    ordered = sorted(candidates, key=lambda name: [-candidates[name].get(seed, 0.0) for seed in seeds])
+    cells = [[name, *(f"{candidates[name][seed]:.1f}" if seed in candidates[name] else "-" for seed in seeds)] for name in ordered]
+    table = markdown(["recipe", *(f"federation {seed}" for seed in seeds)], cells)
     commits = ", ".join(dict.fromkeys(short_commit(row["commit_of_run"]) for row in rows))
-    note = f"Merged student on held-out training images, %, last iteration. Commit {commits}."
+    note = f"Merged student on held-out training images, %, last iteration; one run per cell. Commit {commits}."
     return "\n".join([*table, "", note, ""])
 
 
