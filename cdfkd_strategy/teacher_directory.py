@@ -238,4 +238,4 @@ def _compare(path: Path, arch: str, state: Mapping[str, Tensor], expected: Mappi
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; accepted for {arch!r}: {like.dtype} {list(like.shape)}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {name} holds numbers that are not finite")
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; train this teacher anew with `cdfkd teachers`")
