@@ -63,6 +63,8 @@ class Distiller(ABC):
     splits_batches: ClassVar[bool] = False
     """May several processes compute it, each with its rows of every batch? It may if z comes from `Runtime.normal` and every loss
     is a mean over the batch, or asks `parallel` for the whole batch; a test compares it with one process."""
+    generator_lasts: ClassVar[bool] = True
+    """Has it a generator from which the next round could start? False without one, and where every epoch draws a new one."""
 
     generator: nn.Module | None = None
 
@@ -141,9 +143,9 @@ class Distiller(ABC):
             state: the state dict of a generator of the same shape.
 
         Raises:
-            ConfigError: the method has no generator, or one of another shape.
+            ConfigError: the method has no generator that lasts, or one of another shape.
         """
-        if self.generator is None:
+        if self.generator is None or not self.generator_lasts:
             raise ConfigError(f"method {self.name!r} has no generator that could start from an earlier one")
         shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (self.generator.state_dict(), state)]
         if shapes[0] != shapes[1]:

@@ -16,7 +16,7 @@ def optimise_pixels(
     """Minimise the sum of a loss's terms over the pixels of a batch.
 
     Args:
-        pixels: where to start, ``[B, channels, H, W]`` in [0, 1], on the device; unchanged.
+        pixels: where to start, ``[B, channels, H, W]`` on the device, in [0, 1] but for `free` ones; unchanged.
         image_loss: pixels to named terms.
         steps: of Adam, default betas; at least 1.
         lr: its rate.

@@ -38,7 +38,7 @@ class ServerConfig:
             as many as ``min_teachers`` does, besides the teachers that may be used again.
         max_teacher_age: rounds for which the last teacher of a silent client is used again.
         broadcast: what later rounds send of the student: all "heads" with their weights, or a "single" distilled one.
-        keep_generator: a round's generator starts from that of the round before, if the method has one, in place of random weights.
+        keep_generator: a round's generator starts from that of the round before, in place of random weights; for methods whose generator lasts.
         fraction_train: fraction of the clients that train in a round.
         fraction_evaluate: fraction of the clients that evaluate in a round.
         timeout: seconds to wait for the replies of a round.

@@ -62,3 +62,5 @@ def test_what_cannot_start_from_a_generator_says_so() -> None:
         started("dfad", earlier("dfad", latent_dim=3))
     with pytest.raises(ConfigError, match="'zskd' has no generator that could start"):
         started("zskd", {})
+    with pytest.raises(ConfigError, match="'cmi' has no generator that could start"):
+        started("cmi", earlier("cmi"))

@@ -402,6 +402,24 @@ def test_same_seed_same_result(cls: type[Distiller], device: str) -> None:
 
 
 @every_method
+def test_it_says_whether_an_epoch_depends_on_the_generator_that_it_starts_from(cls: type[Distiller]) -> None:
+    if not cls.generator_lasts:
+        with pytest.raises(ConfigError, match="has no generator that could start from an earlier one"):
+            build(cls, 1).start_generator({})
+        return
+    after = []
+    for seed in (0, 1):
+        distiller, other = build(cls, 1), build(cls, 1, seed=seed)
+        assert distiller.generator is not None
+        assert other.generator is not None
+        distiller.start_generator(other.generator.state_dict())
+        with distiller.runtime.scope():
+            distiller.run_epoch(0)
+        after.append(copy.deepcopy(distiller.generator.state_dict()))
+    assert not same(*after)
+
+
+@every_method
 @every_device
 def test_randomness_comes_from_the_passed_generator_only(cls: type[Distiller], device: str) -> None:
     finals = []

@@ -12,7 +12,7 @@ from torch import nn
 
 from cdfkd_strategy.competence import COMPETENCE, LABEL_COUNTS
 from cdfkd_strategy.config import bind, require, to_dict
-from cdfkd_strategy.distiller import Distiller
+from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.errors import ConfigError, NeedsError, UnknownNameError
 from cdfkd_strategy.flower.architectures import architecture_name
@@ -84,6 +84,9 @@ class Options:
         require(self, "", "max_teacher_age", "min_evaluate_nodes", least=0)
         check_student(self.student, self.image, max_width=self.student_max_width, init=self.student_init, stages=self.student_stages)
         object.__setattr__(self, "method_config", _bound(self.distiller, self.method_config))
+        if self.keep_generator and not self.distiller.generator_lasts:
+            lasting = ", ".join(name for name in METHODS if METHODS[name].generator_lasts)
+            raise ConfigError(f"keep_generator is set, but method {self.distiller.name!r} has no generator that outlives a round; accepted with it: {lasting}")
         needs = self.distiller.needs
         if needs.label_counts and self.weights != LABEL_COUNTS:
             raise NeedsError(f"method {self.distiller.name!r} needs the clients' label counts; accepted with it: weights={LABEL_COUNTS!r}, which asks for them")

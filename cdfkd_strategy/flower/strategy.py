@@ -64,7 +64,7 @@ class CDFKDStrategy(Strategy):
             client takes its slot. Every client with a partition id goes on from its own last teacher, however old.
         broadcast: what clients get of the student: all "heads" and their class weights, or one "single" header distilled from them.
         single_steps: optimiser steps for that single header.
-        keep_generator: a round's generator starts from that of the round before, if the method has one, in place of random weights.
+        keep_generator: a round's generator starts from that of the round before, in place of random weights; for methods whose generator lasts.
         identify: ask every node who it is before it trains; None asks where it matters: several architectures, a run
             directory, or more than one round. Nodes that do not know the question take the default architecture, with their node
             id as key; those that fail to answer it are misconfigured and take no part.

@@ -47,7 +47,7 @@ def multi_scale_difference(student: Sequence[Tensor], teacher: Sequence[Tensor])
 def class_activation_difference(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """The difference of the class activation maps of the last stages, for every image ``[B]``.
 
-    The map of a class is ``H W A``: where a linear classifier follows the mean over the positions, its weights times the last maps
+    The map of a class is ``H W A``: where only the mean over the positions and a linear classifier follow the maps, its weights times them
     (CAM, https://arxiv.org/abs/1512.04150), and for other networks what comes nearest to it.
     """
     mine, theirs = (maps[-1] * (maps[-1].shape[1] * maps[-1].shape[2]) for maps in (student, teacher))

@@ -14,7 +14,7 @@ Student: SGD; generator: Adam; both rates fall together. At inference the header
 Deviations, all switchable:
 
 - ``mode="fused"``, the default (``"auto"``) when the teachers' class weights w[k, c] are not uniform: the paper's
-  ensemble term copies the uniform ensemble, which under label skew is far worse than its members. It is replaced by
+  ensemble term copies the uniform ensemble, which under label skew is far worse than the class-weighted one. It is replaced by
   ``w_fused KL(fuse(T, w) || fuse(S, w))``, the generator also seeks disagreement of the fused outputs, and is held to
   balanced classes, ``+ w_b sum_c pbar_c ln pbar_c`` with pbar the batch mean of the fused teacher.
 - ``schedule="cosine"`` instead of the paper's two steps, for short budgets.
@@ -22,8 +22,8 @@ Deviations, all switchable:
 - ``teachers_per_step`` of the N teachers take part in a step, and the sums run over them: for many clients.
 - ``student_optimizer="adam"``, ``schedule="one_cycle"`` and ``batches`` (images that are reused, replayed, or from an averaged
   generator): recipes for short budgets, compared in simulations/README.md (reused and replayed images in simulations/LOG.md).
-- The authors' generator has its BatchNorm's epsilon at 0.8 (an argument in the place of another), which is kept, because the
-  published numbers are with it. Their logs swap the names of two terms.
+- The authors' generator below 64 px has its BatchNorm's epsilon at 0.8 (an argument in the place of another), which is kept, because
+  the published numbers are with it. Their logs swap the names of two terms.
 - One header for several teachers is refused: the method is a header per teacher. With one teacher a plain classifier will do; nothing of
   multi-level sharing is left then, and without a feature term L_S is six times DFED's.
 - Teacher weight gradients are never computed; BatchNorm statistics only in generator steps. Same mathematics.

@@ -27,10 +27,12 @@ Deviations:
 - Several teachers (the paper has one): CE is the mean over them weighted by w[k, y], R_BN the plain mean, and the features
   of all teachers stand side by side. Teachers whose stages cannot be found have none. Header k is compared with teacher k
   and imitates it, a student with one header the fused ensemble; one teacher is the paper's case.
-- Features are the means of the last map of every resolution, at most four (the authors: of four blocks for ResNet-34, of
-  all BatchNorm inputs for others).
-- The generator is this project's (that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised. Its
-  weights are drawn as torch does: two of its BatchNorms would not undo the authors' small scale, because of their epsilon.
+- Features are the means of the last map of every resolution, at most four (the authors: of the inputs of four
+  blocks for ResNet-34, of all BatchNorm layers for others).
+- The generator is this project's (that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised, and their epsilon of
+  BatchNorm, 1e-5. Its weights are drawn as torch does, the authors' from N(0, 0.02^2), scales from N(1, 0.02^2): BatchNorm undoes the scale
+  of all weights but the last ones, which torch draws as large.
+- A generator is drawn anew in every round, so that none starts from an earlier one (``server.keep_generator``).
 - ``augment="auto"`` mirrors colour images only. The pool keeps 8-bit pixels; it and the bank are bounded.
 - The authors' bank is empty for one round at the moment when it is exactly full; this one is not.
 
@@ -72,7 +74,7 @@ BETAS = (0.5, 0.999)
 
 
 def _sigmoid_generator() -> GeneratorConfig:
-    return GeneratorConfig(output="sigmoid")
+    return GeneratorConfig(output="sigmoid", batch_norm_eps=1e-5)
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class CMI(Distiller):
 
     name = "cmi"
     students = ("single", "multi")
+    generator_lasts = False
     status = "every loss tested; formulas of the authors' code"
     Config = CMIConfig
     needs = Needs(batch_norm=True)

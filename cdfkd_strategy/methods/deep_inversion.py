@@ -183,6 +183,7 @@ class DeepInversion(Distiller):
 
     name = "deep_inversion"
     students = ("single", "multi")
+    generator_lasts = False
     status = "every loss tested; formulas of the authors' code"
     Config = DeepInversionConfig
     needs = Needs(batch_norm=True)

@@ -12,14 +12,15 @@ Nothing makes images look like the data, or cover the classes. Both rates fall t
 in train mode.
 
 Settings: CIFAR-10 and CIFAR-100 are the defaults (the authors' command with its scheduler). MNIST: 40 epochs, 512 images,
-latent width 100, student_lr 0.01, weight_decay 1e-4, no milestones. Caltech-101: 64 images, student_lr 0.05.
+latent width 100, student_lr 0.01, weight_decay 1e-4, no milestones. Caltech-101: 300 epochs, 64 images, student_lr 0.05.
 
 Deviations:
 
 - Several teachers (the paper has one): header k imitates teacher k and the discrepancy is the mean over the headers; a
   student with one header imitates the class-weighted mean of the teachers' logits. One teacher is the paper's case.
-- The generator's BatchNorm has the epsilon of CDFKD-MFS's (0.8; ``generator.batch_norm_eps``), where DFAD's own has 1e-5. The large one (128 px and
-  more) starts from torch's weights, the authors' from N(0, 0.02^2).
+- The generator's BatchNorm has the epsilon of CDFKD-MFS's (0.8; ``generator.batch_norm_eps``), where DFAD's own has 1e-5. The large one (from 64 px
+  on) starts from torch's weights, the authors' from N(0, 0.02^2).
+- Rates fall after as many epochs as the milestones say; the authors count one step before the first epoch, so theirs fall one epoch earlier.
 - The last epoch counts; the authors keep the epoch that is best on test images.
 - ``schedule="cosine"`` instead of the authors' steps, for short budgets.
 

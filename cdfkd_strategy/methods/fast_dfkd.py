@@ -31,8 +31,8 @@ Deviations:
 - Several teachers (the paper has one): CE is the mean over them weighted by w[k, y], R_BN the plain mean. Header k is
   compared with teacher k and imitates it, a student with one header the fused ensemble; one teacher is the paper's case.
 - ``augment="auto"`` mirrors colour images only; ``pool_size`` is a bound, which the defaults do not reach.
-- The generator is this project's (that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised.
-  The pool keeps 8-bit pixels.
+- The generator is this project's (that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised, and their epsilon
+  of BatchNorm, 1e-5. The pool keeps 8-bit pixels.
 
 R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
@@ -76,7 +76,7 @@ RESET_STD = 0.02
 
 
 def _sigmoid_generator() -> GeneratorConfig:
-    return GeneratorConfig(output="sigmoid")
+    return GeneratorConfig(output="sigmoid", batch_norm_eps=1e-5)
 
 
 @dataclass(frozen=True)

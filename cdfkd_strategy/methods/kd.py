@@ -4,7 +4,7 @@ Paper: https://arxiv.org/abs/1503.02531
 
     L_S = T^2 KL( softmax(T(x) / T) || softmax(S(x) / T) )  on random batches of the server's images x  (SGD)
 
-`cdfkd distill --method kd` hands it the training images of all clients, which no server of a federation has, and
+`cdfkd distill --method kd` hands it the training images of all clients (of more than 50,000, so many), which no server of a federation has, and
 `cdfkd distill --transfer-set FILE` the synthetic images of an earlier run instead; what it is then is another question than the upper bound.
 
 Deviations:
@@ -13,7 +13,7 @@ Deviations:
   real-data row of CDFKD-MFS's authors, with their crops and flips; ``augment="auto"`` mirrors colour images only.
 - Several teachers (the paper has one, or the mean of several): header k imitates teacher k, and a student with one header
   imitates the ensemble fused with the teachers' class weights.
-- Images are kept as bytes and stay out of checkpoints, pictures and transfer sets.
+- What it learns from is a pool of 8-bit pixels. Images stay out of checkpoints, pictures and transfer sets.
 
 A client must disclose its weights, and the server must have real images: those of clients, for the upper bound.
 """
@@ -87,6 +87,7 @@ class KD(Distiller):
 
     name = "kd"
     students = ("single", "multi")
+    generator_lasts = False
     status = "every loss tested; reference on real images"
     Config = KDConfig
     needs = Needs(proxy_data=True)

@@ -75,6 +75,7 @@ class Noise(Distiller):
 
     name = "noise"
     students = ("single", "multi")
+    generator_lasts = False
     status = "every loss tested; reference on noise"
     Config = NoiseConfig
     needs = Needs()

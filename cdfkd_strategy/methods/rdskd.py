@@ -27,7 +27,6 @@ Deviations:
   written without the quotient that is 0 / 0 when both halves are classified alike (`losses.diversity`).
 - The exponentials cannot overflow and need no clamp: 0 <= L_oh <= ln C, because the largest of C probabilities is at
   least 1/C, and -ln C <= L_ie <= 0, so that each of them is at most C.
-- The generator is this project's (that of CDFKD-MFS, a close relative of DAFL's, which the paper uses).
 
 A client must disclose its weights; BatchNorm statistics are not used as such.
 """

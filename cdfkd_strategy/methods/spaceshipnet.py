@@ -21,8 +21,9 @@ could not be compared. C in the first term comes from that code's mean over clas
 features pass through its newest layers, as there.
 
 *Reconstruction*, because networks here need not end in a mean over positions and a linear layer: the b_2 term of the authors compares the
-class activation maps of all classes, made of the last layer's weights. Here it compares that of y', as H W times its gradient map,
-which is the same map wherever theirs exists. Its gradient too moves the maps only.
+class activation maps of all classes, made of the last layer's weights. Here it compares that of y', as H W times its gradient map. That is
+the same map where the mean over positions follows the last stage, as in a ResNet; in a WideResNet BatchNorm and ReLU lie between them, the
+authors take their map behind these, and this one is of what enters them. Its gradient too moves the maps only.
 
 Several teachers (the paper has one) are a *reconstruction* as well: CE is weighted by w[k, y], R_BN is the plain mean. Header k imitates
 teacher k, with y' the class that teacher k sees, and the region of its logit in the shared maps; the terms are means over the
@@ -34,7 +35,8 @@ Known bugs of the authors' code which are not here: one of its pools keeps a sin
 is left in it; labels of exchanged features are halved as integers (nothing uses them).
 
 Deviations: the pool is bounded (the authors' grows to 22 GB for CIFAR, with 0.4 MB per image). The generator is this project's
-(that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised. ``augment="auto"`` mirrors colour images only.
+(that of CDFKD-MFS) with the authors' output, a sigmoid whose pixels are normalised, and their epsilon of BatchNorm, 1e-5; its and the
+student's weights are drawn as elsewhere here (the authors: He's and Glorot's). ``augment="auto"`` mirrors colour images only.
 
 R_BN covers BatchNorm1d layers too, where a network has them; authors look at BatchNorm2d alone.
 A client must disclose its weights, including BatchNorm running statistics.
@@ -75,7 +77,7 @@ LAYERS = 3
 
 
 def _sigmoid_generator() -> GeneratorConfig:
-    return GeneratorConfig(output="sigmoid")
+    return GeneratorConfig(output="sigmoid", batch_norm_eps=1e-5)
 
 
 @dataclass(frozen=True)

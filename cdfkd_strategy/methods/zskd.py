@@ -142,6 +142,7 @@ class ZSKD(Distiller):
 
     name = "zskd"
     students = ("single", "multi")
+    generator_lasts = False
     status = "every loss tested; formulas of the authors' code"
     Config = ZSKDConfig
     needs = Needs(features=True)

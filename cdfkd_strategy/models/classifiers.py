@@ -250,7 +250,11 @@ class WideResNet(nn.Module):
 
 
 def _resnet(image: ImageSpec, blocks: list[int]) -> nn.Module:
-    """ResNet-18/34 with the stem that fits the image: 3x3 without pooling up to `CIFAR_STEM_UP_TO` px, else 7x7 with pooling."""
+    """ResNet-18/34 with the stem that fits the image: 3x3 without pooling up to `CIFAR_STEM_UP_TO` px, else 7x7 with pooling.
+
+    Convolutions are drawn as torchvision draws them (He et al., fan-out). The authors of CDFKD-MFS do so for large images only, and leave those of
+    the 3x3 stem's networks to torch, which draws them 2 to 5 times smaller.
+    """
     model: nn.Module = ResNet(BasicBlock, blocks, num_classes=image.num_classes)
     if max(image.height, image.width) > CIFAR_STEM_UP_TO:
         return _take_channels(model, image.channels)

@@ -36,7 +36,8 @@ class GeneratorConfig:
         output: "tanh" (CDFKD-MFS); "affine_norm": no tanh, and the last BatchNorm has a learned scale and shift per
             channel (ZSKT, arXiv:1905.09768); or "sigmoid": pixels in [0, 1], normalised like real ones (CMI, arXiv:2105.08584).
         batch_norm_eps: of the BatchNorm layers behind convolutions; None does as the authors of CDFKD-MFS and DAFL: 0.8 below `LARGE_FROM` pixels
-            (it was meant as a momentum; it damps the normalisation and changes the images), torch's 1e-5 from there on. DFAD and ZSKT have 1e-5.
+            (it was meant as a momentum; it damps the normalisation and changes the images), torch's 1e-5 from there on. Those of DFAD,
+            ZSKT, CMI, FastDFKD and SpaceshipNet have 1e-5 everywhere.
 
     Raises:
         ConfigError: a value is outside what is accepted.

@@ -106,7 +106,7 @@ class Header(nn.Module):
 class MultiHeaderStudent(nn.Module):
     """The student of CDFKD-MFS (IEEE TMM 2022, https://arxiv.org/abs/2205.11845), on any backbone with resolution stages.
 
-    On resnet18, resnet34 and the WideResNets it is the authors' network; on others, stages wider than ``max_width`` are
+    On resnet18, resnet34 and the WideResNets it is the authors' network (drawn as `classifiers` says); on others, stages wider than ``max_width`` are
     narrowed by a shared 1x1 convolution, and ``a_(s-1)`` is pooled to the size of ``u_s`` where rounding differs.
     Weights are drawn from torch's global random state (see `seeding.seeded_scope`).
 

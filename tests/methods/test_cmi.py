@@ -254,6 +254,7 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
     assert (config.rounds, config.inversion_steps, config.synthesis_batch, config.generator_lr) == (40, 200, 256, 1e-3)
     assert (config.student_steps, config.batch_size, config.student_lr, config.student_milestones, config.temperature) == (2000, 128, 0.1, (25, 30, 35), 20.0)
     assert config.pre_rounds * config.synthesis_batch >= 50_000
+    assert (config.generator.output, config.generator.batch_norm_eps) == ("sigmoid", 1e-5)
     assert (config.pre_rounds + config.rounds) * config.synthesis_batch <= config.pool_size
 
 

@@ -250,6 +250,7 @@ def test_the_defaults_are_the_authors_for_cifar() -> None:
     assert (config.epochs, config.warm_up, config.reset_epoch, config.student_steps, config.batch_size) == (220, 20, 140, 400, 256)
     assert (config.student_lr, config.weight_decay, config.temperature) == (0.2, 1e-4, 20.0)
     assert config.epochs * config.synthesis_batch <= config.pool_size
+    assert (config.generator.output, config.generator.batch_norm_eps) == ("sigmoid", 1e-5)
     assert [FastDFKDConfig(inner_steps=k).rates for k in (2, 5, 10, 50)] == [(5e-3, 0.015), (3e-3, 0.01), (2e-3, 0.01), (2e-3, 0.01)]
     assert FastDFKDConfig(generator_lr=0.1, latent_lr=0.2).rates == (0.1, 0.2)
 

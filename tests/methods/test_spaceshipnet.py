@@ -284,6 +284,7 @@ def test_the_defaults_are_the_authors_for_cifar() -> None:
     assert (config.generator_lr, config.student_lr, config.momentum, config.weight_decay) == (1e-3, 0.1, 0.9, 1e-4)
     assert (config.label_weight, config.bn_weight, config.first_layer_weight, config.scales_weight, config.cam_weight) == (0.5, 1.0, 1.0, 1.0, 1.0)
     assert (config.exchange_probability, config.temperature, config.padding, config.generator.latent_dim) == (0.7, 30.0, 4, 256)
+    assert (config.generator.output, config.generator.batch_norm_eps) == ("sigmoid", 1e-5)
 
 
 @pytest.mark.parametrize(
