@@ -151,6 +151,13 @@ def test_load_yaml_refuses_what_is_not_a_mapping(tmp_path: Path, text: str, mess
         load_yaml(path)
 
 
+def test_load_yaml_refuses_what_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"not YAML: .*codec"):
+        load_yaml(path)
+
+
 def test_load_yaml_builds_no_objects(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("a: !!python/object/apply:os.getcwd []\n", encoding="utf-8")

@@ -18,14 +18,17 @@ def read_picture(path: Path) -> Image.Image:
     """Decode one image file.
 
     Raises:
-        DataError: the file is missing or not an image.
+        DataError: the file is missing, not an image, too large for Pillow, or has more than 8 bits per channel, of which 8 would have to be chosen.
     """
     try:
         with Image.open(path) as picture:
             picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot decode the image {path}: {error}; repair or remove it") from error
+            found = picture.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot decode the image {path}: {error}; repair, shrink or remove it") from error
+    if found.mode.startswith(("I", "F")):  # Pillow would cut all values above 255 off
+        raise DataError(f"the image {path} has the mode {found.mode}; accepted: 8 bits per channel, so scale its values to 0..255 first")
+    return found
 
 
 def write_pictures(target: Path, pictures: Iterable[Image.Image], count: int, *, size: int | None, grey: bool = False) -> None:

@@ -69,7 +69,7 @@ def load_folder(root: Path, image_size: int | None) -> ImageArrays:
             np.save(folder / f"y_{part}.npy", np.array([numbers[file.label] for file in files], np.int64))
         store_names(folder, listing.class_names)
 
-    return cached_arrays(f"folder-{root.resolve().name}", f"folder|{key}|{image_size}", build)
+    return cached_arrays(f"folder-{root.resolve().name}", f"folder of 8 bits|{key}|{image_size}", build)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -112,12 +112,18 @@ def _class_folders(root: Path) -> list[LabelledFile]:
 
 def _read_list(path: Path, images: Path) -> list[LabelledFile]:
     """Rows ``filename,label`` of a CSV file with that header."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if not {"filename", "label"} <= columns:
-            raise DataError(f"{path} has the columns {', '.join(sorted(columns)) or 'none'}; accepted: filename,label")
-        return [LabelledFile(images / row["filename"], row["label"]) for row in reader]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns, rows = set(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read the list {path}: {error}; accepted: CSV in UTF-8") from error
+    if not {"filename", "label"} <= columns:
+        raise DataError(f"{path} has the columns {', '.join(sorted(columns)) or 'none'}; accepted: filename,label")
+    for number, row in enumerate(rows, 1):
+        if not row["filename"] or not row["label"]:
+            raise DataError(f"{path}: picture {number} has no file name or no label; accepted: filename,label in every line")
+    return [LabelledFile(images / row["filename"], row["label"]) for row in rows]
 
 
 def _arrange(root: Path, parts: dict[str, list[LabelledFile]]) -> Listing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from cdfkd_strategy.data.image_data import ImageArrays
 from cdfkd_strategy.errors import DataError
 
 _NEEDED = ("x_train", "y_train", "x_test", "y_test")
+
+MOST_UNNAMED = 100_000
+"""Classes and domains that get their numbers as names; a file with more has to name them."""
 
 
 def load_npz(path: Path) -> ImageArrays:
@@ -50,7 +54,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; accepted: plain arrays, no pickled objects") from error
 
 
@@ -72,19 +76,18 @@ def _arrays(path: Path, values: Mapping[str, Any]) -> ImageArrays:
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(sorted(values))}; accepted: {', '.join(_NEEDED)} and optionally class_names")
     y_train, y_test = (_labels(path, name, values[name]) for name in ("y_train", "y_test"))
-    highest = int(max([0, *y_train, *y_test]))
-    names = values.get("class_names", [str(label) for label in range(highest + 1)])
-    domains = values.get("domain_train")
-    domain_names = values.get("domain_names", [] if domains is None else [str(name) for name in range(int(np.max(domains)) + 1)])
+    domains = _labels(path, "domain_train", values["domain_train"]) if "domain_train" in values else None
+    names = _names(path, "class_names", values, max(y_train.max(initial=0), y_test.max(initial=0)))
+    domain_names = () if domains is None else _names(path, "domain_names", values, domains.max(initial=0))
     try:
         return ImageArrays(
             x_train=_channels_first(np.asarray(values["x_train"])),
             y_train=y_train,
             x_test=_channels_first(np.asarray(values["x_test"])),
             y_test=y_test,
-            class_names=tuple(str(name) for name in names),
-            domain_train=None if domains is None else _labels(path, "domain_train", domains),
-            domain_names=tuple(str(name) for name in domain_names),
+            class_names=names,
+            domain_train=domains,
+            domain_names=domain_names,
         )
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
@@ -94,7 +97,18 @@ def _labels(path: Path, name: str, values: Any) -> NDArray[np.int64]:
     labels = np.asarray(values)
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: {name} is {labels.dtype}; accepted: whole numbers from 0")
+    if labels.ndim != 1:
+        raise DataError(f"{path}: {name} has the shape {labels.shape}; accepted: one number per image, [N]")
     return labels.astype(np.int64)
+
+
+def _names(path: Path, name: str, values: Mapping[str, Any], highest: np.int64) -> tuple[str, ...]:
+    """The names in the file, or the numbers up to the highest one."""
+    if name in values:
+        return tuple(str(each) for each in np.atleast_1d(values[name]))
+    if highest >= MOST_UNNAMED:
+        raise DataError(f"{path} has a label {highest} and no {name}; accepted: numbers below {MOST_UNNAMED}, or a name for each")
+    return tuple(str(number) for number in range(int(highest) + 1))
 
 
 def _channels_first(images: NDArray[Any]) -> NDArray[Any]:

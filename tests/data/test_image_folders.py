@@ -140,6 +140,22 @@ def test_broken_pictures_name_the_file_and_leave_no_cache(tmp_path: Path, cache:
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
+def test_pictures_of_more_than_eight_bits_are_refused(tmp_path: Path, mode: str, kind: type[np.generic]) -> None:
+    """Pillow would make everything above 255 white."""
+    fill(tmp_path, "ab", 2)
+    Image.fromarray(np.linspace(500, 60000, 64).astype(kind).reshape(8, 8)).save(tmp_path / "b" / "1.tiff")
+    with pytest.raises(DataError, match=rf"b/1\.tiff has the mode {mode}.*; accepted: 8 bits per channel"):
+        load_folder(tmp_path, 8)
+
+
+def test_a_picture_that_pillow_takes_for_a_bomb_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "ab", 2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12)
+    with pytest.raises(DataError, match=r"cannot decode the image .*a/.\.png: .*exceeds limit"):
+        load_folder(tmp_path, 8)
+
+
 def test_unknown_layouts_say_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a folder"):
         list_folder(tmp_path / "none")
@@ -158,6 +174,12 @@ def test_lists_with_wrong_columns_or_missing_files(tmp_path: Path) -> None:
         load_folder(tmp_path, 8)
     (tmp_path / "train.csv").write_text("file,class\nx.png,a\n")
     with pytest.raises(DataError, match="accepted: filename,label"):
+        load_folder(tmp_path, 8)
+    (tmp_path / "train.csv").write_text("filename,label\nx.png,a\ny.png\n")
+    with pytest.raises(DataError, match=r"train\.csv: picture 2 has no file name or no label"):
+        load_folder(tmp_path, 8)
+    (tmp_path / "train.csv").write_bytes("filename,label\nx.png,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"cannot read the list .*train\.csv: .*; accepted: CSV in UTF-8"):
         load_folder(tmp_path, 8)
 
 

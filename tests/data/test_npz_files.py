@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +119,30 @@ def test_pickled_objects_are_never_read(tmp_path: Path) -> None:
         ({"y_train": LABELS.astype(float)}, "whole numbers"),
         ({"class_names": np.array(["a", "b"])}, r"labels 0\.\.2"),
         ({"y_train": LABELS[:-1]}, "one label per image"),
+        ({"y_train": np.eye(3, dtype=np.int64)[LABELS]}, r"y_train has the shape \(6, 3\)"),
+        ({"y_test": np.int64(1)}, r"y_test has the shape \(\)"),
+        ({"y_train": LABELS.astype(np.int64) + 2**31}, "has a label 2147483650 and no class_names"),
+        ({"domain_train": np.array(list("abcdef"))}, "domain_train is <U1"),
+        ({"class_names": np.array("abc")}, r"labels 0\.\.2"),
     ],
 )
 def test_wrong_content_names_the_file_and_what_is_accepted(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=rf"set\.npz.*{message}") as raised:
         load_npz(write(tmp_path / "set.npz", **changes))
     assert "accepted: " in str(raised.value)
+
+
+def test_a_damaged_compressed_file_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    np.savez_compressed(path, x_train=COLOUR, y_train=LABELS, x_test=COLOUR[:3], y_test=LABELS[:3])
+    with zipfile.ZipFile(path) as archive:
+        first = archive.infolist()[0].header_offset
+    content = bytearray(path.read_bytes())
+    names = int.from_bytes(content[first + 26 : first + 28], "little") + int.from_bytes(content[first + 28 : first + 30], "little")
+    content[first + 30 + names] = 0b111  # a kind of block that there is not
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read .*set\.npz: .*invalid block type"):
+        load_npz(path)
 
 
 def test_broken_and_missing_files(tmp_path: Path) -> None:
