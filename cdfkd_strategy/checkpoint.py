@@ -20,6 +20,9 @@ from cdfkd_strategy.errors import CheckpointError
 STATE_FILE = "state.json"
 """In the run directory of a run with Flower, whose first file it is: where the run stands."""
 
+LEFTOVERS = ".*.tmp"
+"""Names of files that a process which died was writing; they never become anything."""
+
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
 _INT_KEYS = "__int_keys__"

@@ -23,6 +23,7 @@ from cdfkd_strategy.cli.showing import needs, status, students
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.data.datasets import DataConfig, load_data
 from cdfkd_strategy.directory_lock import held, hold
+from cdfkd_strategy.errors import ConfigError
 from cdfkd_strategy.methods import METHODS
 from cdfkd_strategy.run_config import resolve
 from cdfkd_strategy.summary import read_summary, validate
@@ -213,6 +214,14 @@ def test_config_prints_what_resolves_to_the_same(capsys: pytest.CaptureFixture[s
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_process_that_died_was_writing_does_not_count_as_a_run(tmp_path: Path) -> None:
+    (tmp_path / ".state.json.7.tmp").write_text("{", encoding="utf-8")
+    assert running.check_out(str(tmp_path), resume=False) == tmp_path.resolve()
+    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not empty; continue that run with --resume"):
+        running.check_out(str(tmp_path), resume=False)
 
 
 def test_errors_are_one_clear_line_and_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path, teachers: Path) -> None:

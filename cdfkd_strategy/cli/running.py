@@ -87,10 +87,12 @@ def check_out(path: str, *, resume: bool) -> Path:
     Raises:
         ConfigError: it is not empty without ``resume``, or missing with it.
     """
+    from cdfkd_strategy.checkpoint import LEFTOVERS
+
     out = Path(path).resolve()
     if resume and not out.is_dir():
         raise ConfigError(f"--resume, but there is no run directory {out}; start the run without --resume")
-    if not resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not resume and out.exists() and not (out.is_dir() and all(file.match(LEFTOVERS) for file in out.iterdir())):
         raise ConfigError(f"--out {out} is not empty; continue that run with --resume, or name another directory")
     return out
 

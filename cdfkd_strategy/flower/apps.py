@@ -168,7 +168,7 @@ def serve(grid: Grid, config: RunConfig, out: Path | None, *, resume: bool) -> C
     strategy = make_strategy(config, image, harness, out, resume=resume)
     strategy.session.run_config = to_dict(config)
     settings = _for_clients(config, image, data)
-    if not resume:
+    if not resume or (out is not None and not (out / STATE_FILE).exists()):  # an earlier start may have died before its first file
         strategy.session.open(ArrayRecord(), settings)
     summary = None if out is None else SummaryWriter(out, config, resume=resume)
 

@@ -137,13 +137,15 @@ class Architectures:
         try:
             model = self.build(self.default).eval()
             with torch.no_grad():
-                shape = tuple(model(torch.zeros(2, *self.image.shape)).shape)
+                logits = model(torch.zeros(2, *self.image.shape))
         except TypeError as error:
             what = f"the default architecture {self.default!r} cannot be made, or used"
             raise ArchitectureError(f"{what}: {error}; accepted: a class or function without arguments") from error
-        except (UploadError, RuntimeError, ValueError) as error:
-            raise ArchitectureError(f"the default architecture {self.default!r} cannot take images of {self.image.shape}: {error}") from error
-        if shape != (2, self.image.num_classes):
+        except Exception as error:  # foreign code: whatever it raises, the answer is the same
+            what = f"cannot take images of {self.image.shape}: {type(error).__name__}: {error}"
+            raise ArchitectureError(f"the default architecture {self.default!r} {what}") from error
+        found = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        if not isinstance(logits, Tensor) or logits.shape != (2, self.image.num_classes):
             raise ArchitectureError(
-                f"the default architecture {self.default!r} gives {shape[1:]} for one image; accepted: ({self.image.num_classes},), one logit per class"
+                f"the default architecture {self.default!r} gives {found} for one image; accepted: ({self.image.num_classes},), one logit per class"
             )

@@ -37,7 +37,7 @@ def from_record(record: ArrayRecord, reference: Mapping[str, Tensor]) -> dict[st
 
     Raises:
         UploadError: names, shapes or dtypes are not the reference's; bytes are malformed; a value is not finite; a
-            BatchNorm variance is not positive.
+            BatchNorm variance is negative.
     """
     missing = [name for name in reference if name not in record]
     unexpected = [name for name in record if name not in reference]
@@ -91,6 +91,6 @@ def _checked(name: str, values: np.ndarray, like: Tensor) -> Tensor:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         broken = int((~torch.isfinite(tensor)).sum())
         raise UploadError(f"array {name!r} holds {broken} NaN or infinite values of {tensor.numel()}; the training diverged: lower its learning rate")
-    if name.rpartition(".")[2] == "running_var" and not bool((tensor > 0).all()):
-        raise UploadError(f"array {name!r} is a BatchNorm variance with a smallest value of {tensor.min().item():.3g}; accepted: above 0")
+    if name.rpartition(".")[2] == "running_var" and not bool((tensor >= 0).all()):
+        raise UploadError(f"array {name!r} is a BatchNorm variance with a smallest value of {tensor.min().item():.3g}; accepted: from 0")
     return tensor

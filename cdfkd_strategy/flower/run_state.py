@@ -10,12 +10,13 @@ engine keeps its own checkpoint) -> ``distilled`` (student written) -> ``evaluat
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cdfkd_strategy.checkpoint import STATE_FILE, drop_state, write_json
+from cdfkd_strategy.checkpoint import LEFTOVERS, STATE_FILE, drop_state, write_json
 from cdfkd_strategy.config import to_dict
 from cdfkd_strategy.directory_lock import hold
 from cdfkd_strategy.errors import CheckpointError
@@ -24,6 +25,8 @@ from cdfkd_strategy.flower.payload import RUN_CONFIG
 from cdfkd_strategy.run_config import WHERE
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.summary import FILE_NAME, finite
+
+logger = logging.getLogger("flwr")
 
 Phase = Literal["uploads", "distilling", "distilled", "evaluated"]
 
@@ -79,6 +82,7 @@ class RunState:
         teachers: per slot, the upload behind the last distillation: ``key`` and ``sha256``.
         weights: class weights [K][C] of the last distillation.
         attention: averaged attention parameters, or None.
+        nodes: client key -> the node that was last asked for its teacher.
         rounds: one record per round so far.
     """
 
@@ -90,6 +94,7 @@ class RunState:
     teachers: list[dict[str, str]] = field(default_factory=list)
     weights: list[list[float]] | None = None
     attention: dict[str, Any] | None = None
+    nodes: dict[str, int] = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)
 
     @property
@@ -98,6 +103,14 @@ class RunState:
         if not self.rounds or self.rounds[-1].round != self.round:
             self.rounds.append(RoundRecord(self.round))
         return self.rounds[-1]
+
+    def may_have(self, key: str, node: int) -> bool:
+        """May this node be sent the client's last teacher? Not if it was another client before; one that is new may be that client, restarted."""
+        others = [other for other, known in self.nodes.items() if known == node and other != key]
+        if others:
+            what = "node %d was client %s and says now that it is client %s: it begins with the common initialisation, not with that client's teacher"
+            logger.warning(what, node, others[0], key)
+        return not others
 
 
 class RunDirectory:
@@ -116,11 +129,11 @@ class RunDirectory:
         self.resume = resume
         if path is None:
             return
-        if path.exists() and not resume and any(not _unfinished(file) for file in path.iterdir()):
+        if path.exists() and not resume and any(not file.match(LEFTOVERS) for file in path.iterdir()):
             raise CheckpointError(f"the run directory {path} is not empty; continue it with resume=True (--resume), or choose another one")
         path.mkdir(parents=True, exist_ok=True)
         hold(path)
-        for leftover in path.glob(".*.tmp"):
+        for leftover in path.glob(LEFTOVERS):
             leftover.unlink(missing_ok=True)
 
     def open(self, settings: Mapping[str, Any], runtime: Callable[[], Runtime]) -> RunState:
@@ -174,11 +187,6 @@ def _without_places(setting: Any) -> Any:
     for part, _, key in (name.partition(".") for name in WHERE):
         config.get(part, {}).pop(key, None)
     return {**setting, RUN_CONFIG: config}
-
-
-def _unfinished(file: Path) -> bool:
-    """Is this what a start that died at once left of its first file?"""
-    return file.match(".*.tmp")
 
 
 def _metrics(saved: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -98,8 +98,7 @@ class Session:
 
     def rounds_to_run(self) -> Iterator[int]:
         """The rounds that are not over, from the one in progress."""
-        first = self.state.round + (self.state.phase == "evaluated")
-        yield from range(first, self.num_rounds + 1)
+        yield from range(self.state.round + (self.state.phase == "evaluated"), self.num_rounds + 1)
 
     def result(self) -> Result:
         """Flower's Result, of all rounds, those before a restart included."""
@@ -142,9 +141,8 @@ class Session:
         self.clients.roster.pardon()
         options = self.options
         live = self._live()
-        nodes = self.clients.wait(grid, len(live), sum(self.uploads.trained_in[key] == server_round for key in live))
+        nodes = self._nodes = self.clients.wait(grid, len(live), sum(self.uploads.trained_in[key] == server_round for key in live))
         clients = self.clients.connected(grid, nodes, config, server_round, self.num_rounds, self.timeout)
-        self._nodes = nodes
         self.state.record.quarantined.update(self.clients.roster.refused(nodes))
         chosen = sample(clients, options.fraction_train, options.min_train_nodes, "train", options.seed, server_round)
         asked = [client for client in chosen if self.uploads.trained_in.get(client.key) != server_round]
@@ -161,6 +159,7 @@ class Session:
             contents.append((client, payload.request(arrays, config, server_round, student=brings[0], broadcast=brings[1], keys=options.keys)))
         self.clients.check_enough({*self._live(), *(client.key for client, _ in contents)}, nodes, self.state.record)
         messages = [self._message(client, content, MessageType.TRAIN) for client, content in contents]
+        self.state.nodes |= {client.key: client.node for client, _ in contents}
         self.directory.save(self.state)
         return messages
 
@@ -170,7 +169,7 @@ class Session:
 
     def _start_of(self, client: Client) -> dict[str, Tensor]:
         """The weights that a client starts from: its own last teacher, or the common initialisation of its architecture."""
-        if client.key in self.uploads and client.arch in (None, self.uploads[client.key].arch):
+        if client.key in self.uploads and client.arch in (None, self.uploads[client.key].arch) and self.state.may_have(client.key, client.node):
             return self.uploads.load(client.key)
         return self.architectures.initial(client.arch)
 
@@ -284,8 +283,9 @@ class Session:
         self._clock = time.monotonic()
         if options.fraction_evaluate == 0:
             return []
+        wanted = max(options.min_evaluate_nodes, 0 if self._nodes else options.expected_nodes or 0)  # after a restart they come back one by one
         try:
-            nodes = wait_for_nodes(grid, options.min_evaluate_nodes, options.node_wait)
+            nodes = wait_for_nodes(grid, wanted, options.node_wait, options.min_evaluate_nodes)
         except TooFewTeachersError as error:  # the student is there: what is missing is its evaluation, not the run
             logger.warning("evaluating with fewer nodes: %s", error)
             nodes = sorted(grid.get_node_ids())
@@ -293,8 +293,8 @@ class Session:
         there = [client for client in clients if client.key not in self.state.record.silent]  # the others may still be training
         able = [client for client in there if self._speaks(client)]
         if len(able) < len(there):
-            count = len(there) - len(able)
-            logger.info("%d clients do not evaluate: they did not say who they are (a ConfigRecord 'teacher'), so they cannot know the student", count)
+            unable = len(there) - len(able)
+            logger.info("%d clients do not evaluate: they did not say who they are (a ConfigRecord 'teacher'), so they cannot know the student", unable)
         student, broadcast = self._broadcast()
         content = payload.request(student if self.distilled.single is not None else arrays, config, server_round, broadcast=broadcast, keys=options.keys)
         chosen = sample(able, options.fraction_evaluate, options.min_evaluate_nodes, "evaluate", options.seed, server_round)

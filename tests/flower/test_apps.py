@@ -163,6 +163,20 @@ def test_killed_between_any_two_files_the_next_start_of_the_app_finishes_the_run
         assert (out / "student.safetensors").read_bytes() == (tmp_path / "whole" / "student.safetensors").read_bytes()
 
 
+def test_a_directory_in_which_nothing_was_begun_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that died before its first file, once more with ``resume``; and it may die there again."""
+    config = tiny_config(data={"train_size": 90}, server={"node_wait": 0.2, "fraction_evaluate": 0.0})
+    (tmp_path / ".state.json.7.tmp").write_text("{")
+    deaths = Deaths(monkeypatch)
+    deaths.fatal = 1
+    with pytest.raises(Killed, match=r"before state\.json"):
+        serve(project_grid(config), config, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == []
+    deaths.fatal = None
+    serve(project_grid(config), config, tmp_path, resume=True)
+    assert read_summary(tmp_path)["finished"]
+
+
 def test_a_finished_run_that_goes_on_is_unfinished_before_its_state_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = tiny_config(engine={"max_seconds": 0.0}, server={"node_wait": 0.2, "fraction_evaluate": 0.0})
     serve(project_grid(short), short, tmp_path / "run", resume=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from cdfkd_strategy.flower.exchange import Exchange, wait_for_nodes
 from cdfkd_strategy.flower.session import Session
 from cdfkd_strategy.run_config import from_values
 from cdfkd_strategy.summary import read_summary
-from tests.flower.memory_grid import Killed, MemoryGrid, echo_app, tiny_config, tiny_strategy
+from tests.flower.memory_grid import Killed, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +187,23 @@ def test_settings_are_checked() -> None:
         tiny_strategy(expected_nodes=0)
     with pytest.raises(ConfigError, match=r"server.min_available_nodes is 0; accepted: at least 1"):
         from_values({"server": {"min_available_nodes": 0}})
+
+
+def test_a_run_that_goes_on_waits_for_all_nodes_before_clients_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart of server and link they come back one by one, and the first is not the federation."""
+    config = tiny_config()
+    original = Session.evaluate_messages
+    monkeypatch.setattr(Session, "evaluate_messages", die)
+    with pytest.raises(Killed):
+        serve(project_grid(config), config, tmp_path, resume=False)
+    monkeypatch.setattr(Session, "evaluate_messages", original)
+    grid = project_grid(config)
+    nodes, there = list(grid.nodes), itertools.count(1)
+    monkeypatch.setattr(grid, "get_node_ids", lambda: nodes[: next(there)])
+    serve(grid, config, tmp_path, resume=True)
+    assert grid.asked("train") == []
+    assert grid.asked("evaluate") == [0, 1, 2]
+
+
+def die(*_: Any, **__: Any) -> None:
+    raise Killed

@@ -75,13 +75,18 @@ def test_fortran_order_is_read_as_it_was_meant(net: nn.Module) -> None:
         ({"3__bias": torch.zeros(3, dtype=torch.int32)}, "is int32; accepted: float32"),
         ({"3__bias": torch.tensor([0.0, float("nan"), 0.0])}, "1 NaN or infinite"),
         ({"3__bias": torch.tensor([float("inf"), 0.0, 0.0])}, "1 NaN or infinite"),
-        ({"1__running_var": torch.tensor([1.0, 0.0])}, "BatchNorm variance"),
         ({"1__running_var": torch.tensor([1.0, -1e-9])}, "BatchNorm variance"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_the_reason(net: nn.Module, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UploadError, match=reason):
         from_record(edited(net, **changes), net.state_dict())
+
+
+def test_a_channel_that_never_changes_is_accepted(net: nn.Module) -> None:
+    """Its variance comes to exactly 0, and BatchNorm adds epsilon to it."""
+    variance = torch.tensor([1.0, 0.0])
+    assert torch.equal(from_record(edited(net, **{"1__running_var": variance}), net.state_dict())["1.running_var"], variance)
 
 
 class Explosive:

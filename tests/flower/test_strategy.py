@@ -14,7 +14,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Strategy
-from torch import nn
+from torch import Tensor, nn
 
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError, TooFewTeachersError
@@ -387,6 +387,28 @@ class Wanting(Distiller):
     needs = Needs(label_counts=True)
 
 
+class AuxiliaryLogits(nn.Linear):
+    """Gives two outputs, as torchvision's Inception does while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x.flatten(1))
+        return logits, logits
+
+
+class OnlyColour(nn.Linear):
+    """Checks its input as foreign code does."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 3, "colour only"
+        return super().forward(x.flatten(1))
+
+
 class Hungry(Wanting):
     """Needs real data at the server."""
 
@@ -402,9 +424,12 @@ class Hungry(Wanting):
         ({"architectures": ("lenet", "nonesuch")}, ConfigError, "unknown architecture"),
         ({"architecture": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9))}, ArchitectureError, r"gives \(9,\) for one image; accepted: \(10,\)"),
         ({"architecture": lambda: nn.Linear(3, 10)}, ArchitectureError, "cannot take images"),
+        ({"architecture": AuxiliaryLogits}, ArchitectureError, r"gives a tuple for one image; accepted: \(10,\)"),
+        ({"architecture": OnlyColour}, ArchitectureError, "cannot take images of .*: AssertionError: colour only"),
         ({"architecture": nn.Linear(64, 10)}, ArchitectureError, "is a network, a Linear; accepted: a registered name, or what makes a network"),
         ({"architecture": nn.Conv2d}, ArchitectureError, "'Conv2d' cannot be made, or used: .*missing 3 required .*; accepted: a class or function without"),
         ({"broadcast": "both"}, ConfigError, "broadcast is 'both'"),
+        ({"keep_generator": True, "method": "cmi", "method_config": None}, ConfigError, "'cmi' has no generator that outlives a round; accepted.*mfs"),
         ({"fraction_train": 0.0}, ConfigError, "fraction_train is 0.0"),
         ({"min_teachers": 0}, ConfigError, "min_teachers is 0; accepted: at least 1"),
         ({"student_stages": 0}, ConfigError, "student_stages is 0; accepted: at least 1"),
