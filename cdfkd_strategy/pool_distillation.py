@@ -86,10 +86,11 @@ class PoolDistillation:
         images = self.runtime.images(self.pool.at(positions))
         if self.views is not None:
             images = self.runtime.images(self._seen(self.views, images))
+        stored = self.pool.logits if self.views is None else None
+        known = None if stored is None else stored[positions].transpose(0, 1).to(images.device, non_blocking=True)
         with self.runtime.autocast():
             student = self.student(images).logits
-        known = self.pool.logits if self.views is None else None
-        target = self._targets(images, len(student)) if known is None else known[positions].transpose(0, 1).to(student.device)
+        target = self._targets(images, len(student)) if known is None else known
         loss = kl_divergence(student, target, self.temperature)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

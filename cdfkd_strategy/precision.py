@@ -8,10 +8,10 @@ compute in bfloat16, weights, gradients of weights and optimisers stay in float3
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from functools import lru_cache
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache, partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+@contextmanager
+def all_digits() -> Iterator[None]:
+    """Compute inside the block in float32 where float32 is asked for: not in TF32, with 10 of its 23 bits, which torch takes for convolutions on GPUs."""
+    parts: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    name, exact = "allow_tf32", cast("bool | str", False)
+    if hasattr(torch.backends.cudnn, "conv"):  # of late; reading the old names then fails for callers who set the new ones
+        parts[0], name, exact = torch.backends.cudnn.conv, "fp32_precision", "ieee"
+    before = [getattr(part, name) for part in parts]
+    try:
+        for part in parts:
+            setattr(part, name, exact)
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            setattr(part, name, value)
+
+
 def in_full(tensor: Tensor) -> AbstractContextManager[None]:
     """Compute inside the block in the precision of the inputs, on the tensor's kind of device, under autocast too."""
     return torch.autocast(tensor.device.type, enabled=False)  # type: ignore[return-value]
@@ -47,23 +64,29 @@ def measured_precision(device: str) -> Precision:
 
 @torch.no_grad()
 def convolution_gain(device: str, repeats: int = 5) -> float:
-    """Seconds in float32 over seconds in bfloat16 of one convolution (32 maps of 64 channels, 32 x 32), the best of ``repeats`` that take turns.
+    """Seconds in float32 over seconds in bfloat16 of a convolution (64 channels, 32 x 32), the best of ``repeats`` that take turns.
 
+    Of 32 images and one by one on a CPU, of 256 and many in a row on a GPU, which would else be waited for longer than it computes.
     On one CPU thread: a team of threads in whatever thread asks would stay, and with more threads than cores OpenMP lets all of
     them sleep between operations, which makes small networks half as fast.
     """
-    with seeding.threads(1):
+    with seeding.threads(1), all_digits():
         return _convolution_gain(device, repeats)
 
 
 def _convolution_gain(device: str, repeats: int) -> float:
-    images = torch.ones(32, 64, 32, 32, device=device).to(memory_format=torch.channels_last)
-    kernel = torch.ones(64, 64, 3, 3, device=device)
+    batch, calls = (256, 20) if torch.device(device).type == "cuda" else (32, 1)
+    images, kernel = (torch.ones(size, device=device).to(memory_format=torch.channels_last) for size in ((batch, 64, 32, 32), (64, 64, 3, 3)))
     pairs = [(images, kernel), (images.bfloat16(), kernel.bfloat16())]
+
+    def convolve(here: Tensor, weight: Tensor) -> None:
+        for _ in range(calls):
+            F.conv2d(here, weight, padding=1)
+
     best = [float("inf"), float("inf")]
     for _ in range(repeats + 1):  # the first is slower than those after it, so it never is the best
         for at, (here, weight) in enumerate(pairs):
-            best[at] = min(best[at], seconds(lambda here=here, weight=weight: F.conv2d(here, weight, padding=1), device))  # type: ignore[misc]
+            best[at] = min(best[at], seconds(partial(convolve, here, weight), device))
     return best[0] / best[1]
 
 

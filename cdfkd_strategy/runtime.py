@@ -15,7 +15,7 @@ A run that is continued keeps the runtime it began with, so that an interruption
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cdfkd_strategy import freed_memory, parallel, seeding
 from cdfkd_strategy.compiled_networks import compiled
 from cdfkd_strategy.config import bind
-from cdfkd_strategy.precision import Precision, as_it_was, keep_depthwise_full, measured_precision
+from cdfkd_strategy.precision import Precision, all_digits, as_it_was, keep_depthwise_full, measured_precision
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -98,12 +98,18 @@ class Runtime:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Compute inside the block with this runtime's threads and, on CUDA, with deterministic kernels; on the CPU, freed memory is kept.
+        """Compute inside the block with this runtime's threads.
 
-        Settings are restored afterwards.
+        On CUDA with deterministic kernels, and in the precision of this runtime, never in TF32; on the CPU freed memory is kept. Settings are restored
+        afterwards.
         """
-        on_cuda = torch.device(self.device).type == "cuda"
-        with seeding.threads(self.threads or torch.get_num_threads()), seeding.deterministic_kernels() if on_cuda else freed_memory.kept():
+        with ExitStack() as stack:
+            stack.enter_context(seeding.threads(self.threads or torch.get_num_threads()))
+            if torch.device(self.device).type == "cuda":
+                stack.enter_context(seeding.deterministic_kernels())
+                stack.enter_context(all_digits())
+            else:
+                stack.enter_context(freed_memory.kept())
             yield
 
     def autocast(self) -> torch.autocast:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cdfkd_strategy import precision
 from cdfkd_strategy.losses.divergence import feature_l1, kl_divergence, logit_l1, mean_logit_l1
@@ -137,3 +141,41 @@ def test_batch_statistics_are_computed_in_float32_under_autocast(layout: torch.m
         found = batch_norm_distance(norm.float(), maps)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), exact, rtol=1e-5)
+
+
+def test_float32_is_float32_whatever_the_caller_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings of today's torch, which a caller may have changed, and with those of older ones."""
+    products: Any = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("high")
+    try:
+        with precision.all_digits():
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    older, products = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr(torch, "backends", SimpleNamespace(cudnn=older, cuda=SimpleNamespace(matmul=products)))
+    with pytest.raises(KeyboardInterrupt), precision.all_digits():
+        assert (older.allow_tf32, products.allow_tf32) == (False, False)
+        raise KeyboardInterrupt
+    assert (older.allow_tf32, products.allow_tf32) == (True, False)
+
+
+def test_on_a_gpu_many_calls_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One alone would be waited for longer than it computes."""
+    timed: list[tuple[int, torch.dtype]] = []
+
+    def seconds(run: Callable[[], object], device: str) -> float:
+        run()
+        timed.append((len(calls), calls[-1][0].dtype))
+        calls.clear()
+        return 1.0
+
+    calls: list[tuple[Tensor, Tensor]] = []
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size, device="meta"))
+    monkeypatch.setattr(F, "conv2d", lambda images, kernel, padding: calls.append((images, kernel)))
+    monkeypatch.setattr(precision, "seconds", seconds)
+    assert precision.convolution_gain("cuda", repeats=1) == 1.0
+    assert timed == [(20, torch.float32), (20, torch.bfloat16)] * 2

@@ -26,6 +26,8 @@ def settings() -> dict[str, Any]:
         "deterministic": cudnn.deterministic,
         "fill": memory.fill_uninitialized_memory,  # type: ignore[attr-defined]
         "workspace": os.environ.get(VARIABLE),
+        "convolutions": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "products": torch.backends.cuda.matmul.fp32_precision,  # type: ignore[attr-defined]
     }
 
 
@@ -39,6 +41,8 @@ def contest(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_on_cuda_the_scope_takes_deterministic_kernels_and_restores_what_was_set(contest: dict[str, Any]) -> None:
     inside = {"enabled": True, "warn_only": True, "benchmark": False, "deterministic": True, "fill": False, "workspace": ":4096:8"}
+    inside |= {"convolutions": "ieee", "products": "ieee"}
+    assert contest["convolutions"] == "tf32", "torch's own choice, which is not float32"
     with Runtime(device="cuda:0", threads=3).scope():
         assert settings() == {"threads": 3, **inside}
     assert settings() == contest

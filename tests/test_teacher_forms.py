@@ -175,6 +175,19 @@ def test_a_folded_network_that_says_something_else_is_not_used(images: Tensor, m
     assert "is off by" in caplog.text
 
 
+def test_folding_is_judged_in_float32_on_gpus_that_prefer_tf32(images: Tensor) -> None:
+    """Rounding to 10 bits alone is as large as what the comparison is to find."""
+    teachers, seen = ensemble("small_cnn"), []
+
+    def look(*_: object) -> None:
+        seen.append(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+
+    teachers.nets[0].register_forward_hook(look)
+    with teachers.prepared(FOLDED), torch.no_grad():
+        teachers(images)
+    assert seen == ["ieee"], "the original is asked once, to be compared with the folded copy"
+
+
 @pytest.mark.parametrize("resident", [0, 1])
 def test_class_weights_are_on_the_device_inside_and_beside_the_networks_afterwards(resident: int, images: Tensor) -> None:
     """With copies of some only, the networks never leave the CPU, and the ensemble can be asked there when the distillation is over."""
