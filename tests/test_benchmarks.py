@@ -198,7 +198,7 @@ def test_time_to_accuracy_stops_at_the_shortest_plain_run_that_suffices_and_repe
         def merged(self, student: Any) -> float:
             return accuracies[student]
 
-    def run(federation: Federation, how: Any) -> tuple[Any, float]:
+    def run(federation: Federation, how: Any, device: str = "cpu") -> tuple[Any, float]:
         key = ("product" if isinstance(how, list) else how, federation.config.seed)
         calls.append(key)
         return key, 1.25
@@ -227,7 +227,7 @@ def test_both_paths_of_time_to_accuracy_train_a_student(speed: ModuleType, tmp_p
     monkeypatch.setattr(timed, "RUNS", tmp_path)
     federation = timed.Federation(resolve("digits", tiny))
     assert timed.product(federation, [*tiny, "student.stages=1"])[0].spec.stages == 1
-    for student, seconds in (timed.product(federation, tiny), timed.plain(federation, 3)):
+    for student, seconds in (timed.product(federation, tiny), timed.plain(federation, 3, "cpu")):
         assert seconds > 0
         assert 0 <= federation.merged(student) <= 1
         first = federation.student()

@@ -6,8 +6,8 @@ The images of the study's cell dir0.5 go to K clients (Dirichlet 0.5), and are d
 For every K: all teachers per step, m per step with as many iterations, and m per step with as many iterations as take about the time of
 all (K / m times as many). Accuracy is that of the merged student after the last iteration. Memory is what the process has of its own at
 most (not pages of files) above what it had before it read the teachers, without the student, its gradients and the optimiser's state,
-which are counted by themselves; m per step keeps `RESIDENT` teachers on the device and the weights of all in their files. Every row runs
-in a process of its own; finished rows are kept: simulations/results/speed/<machine>-many-teachers.json.
+which are counted by themselves; m per step keeps `RESIDENT` working copies and the weights of all in their files. All is computed on the CPU,
+whose memory it is. Every row runs in a process of its own; finished rows are kept: simulations/results/speed/<machine>-many-teachers.json.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from cdfkd_strategy.warm_start import first_student
 
 CELL = "fashion_mnist/dir0.5"
 RUNS = Path("runs/many_teachers")
+ON_CPU = "engine.device=cpu"
 RESIDENT = 10
 """Working copies on the device: each teacher of a step may have two, one to imitate and one whose BatchNorm layers are looked at."""
 
@@ -54,7 +55,7 @@ def main() -> None:
     if args.row:
         print(json.dumps(measured(args.teachers[0], args.seed, *args.row)))
         return
-    path = RESULTS / f"{machine_name(resolve(CELL).engine.runtime())}-many-teachers.json"
+    path = RESULTS / f"{machine_name(resolve(CELL, [ON_CPU]).engine.runtime())}-many-teachers.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cell": CELL, "hardware": hardware(), "rows": []}
     for count in args.teachers:
         directory = RUNS / f"{count}-{args.seed}"
@@ -79,7 +80,7 @@ def main() -> None:
 def measured(count: int, seed: int, per_step: int, iterations: int) -> dict[str, Any]:
     """Distil once: seconds per iteration, megabytes, accuracies."""
     drawn = per_step < count
-    engine = ["engine.progress=false", "engine.watch_images=0", f"engine.resident_teachers={RESIDENT if drawn else 0}"]
+    engine = [ON_CPU, "engine.progress=false", "engine.watch_images=0", f"engine.resident_teachers={RESIDENT if drawn else 0}"]
     draw = [f"method.teachers_per_step={per_step if drawn else 0}", "method.epochs=1", f"method.iterations={iterations}"]
     config = resolve(CELL, [f"clients.count={count}", f"seed={seed}", *engine, *QUICK, *draw])
     data = load_data(config.data, seed)

@@ -13,8 +13,8 @@ import argparse
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from cdfkd_strategy import seeding
 from cdfkd_strategy.engine_config import EngineConfig
 from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.precision import seconds
 from cdfkd_strategy.provenance import commit, hardware, versions
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble
@@ -69,8 +70,8 @@ def measured(arch: str, count: int, batch: int, image: ImageSpec, runtime: Runti
         taken: dict[str, list[float]] = {}
         for _ in range(repeats + 2):
             for way, run in (("in_turn", in_turn), ("at_once", at_once)):
-                taken.setdefault(f"{way}_forward_ms", []).append(milliseconds(lambda run=run: forward(run, images)))  # type: ignore[misc]
-                taken.setdefault(f"{way}_gradient_ms", []).append(milliseconds(lambda run=run: gradient(run, images)))  # type: ignore[misc]
+                taken.setdefault(f"{way}_forward_ms", []).append(1000 * seconds(partial(forward, run, images), runtime.device))
+                taken.setdefault(f"{way}_gradient_ms", []).append(1000 * seconds(partial(gradient, run, images), runtime.device))
     return {name: round(statistics.median(values[2:]), 2) for name, values in taken.items()} | {"largest_difference": float(off)}
 
 
@@ -95,13 +96,6 @@ def gradient(run: Callable[[Tensor], Tensor], images: Tensor) -> None:
     """Logits, and the gradient at the images."""
     given = images.detach().requires_grad_()
     torch.autograd.grad(run(given).sum(), given)
-
-
-def milliseconds(run: Callable[[], None]) -> float:
-    """Wall time of a call."""
-    started = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from cdfkd_strategy.models.head_fusion import fuse
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.models.stages import MAX_STAGES
 from cdfkd_strategy.offline import write_teachers
+from cdfkd_strategy.precision import seconds
 from cdfkd_strategy.provenance import commit, hardware, versions
 from cdfkd_strategy.run_config import RunConfig, resolve
 from cdfkd_strategy.schedules import multistep, set_rate
@@ -70,8 +71,8 @@ def main() -> None:
         if (name, seed) in known:
             return next(item for item in result["rows"] if (item["path"], item["seed"]) == (name, seed))
         federation = Federation(resolve(CELL, [f"seed={seed}"]))
-        student, seconds = run(federation)
-        found = {"path": name, "seed": seed, "seconds": round(seconds, 1), "accuracy": federation.merged(student), "target": federation.target, **more}
+        student, taken = run(federation)
+        found = {"path": name, "seed": seed, "seconds": round(taken, 1), "accuracy": federation.merged(student), "target": federation.target, **more}
         found |= {"commit": commit(), "versions": versions()}
         result["rows"].append(found)
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def main() -> None:
     for length in args.plain:
         reached = True
         for seed in args.seeds:
-            found = row(f"plain {length}", seed, lambda federation, length=length: plain(federation, length))  # type: ignore[misc]
+            found = row(f"plain {length}", seed, lambda federation, length=length: plain(federation, length, runtime.device))  # type: ignore[misc]
             if found["accuracy"] < found["target"]:
                 reached = False
                 break
@@ -117,7 +118,8 @@ class Federation:
         def logits(images: Tensor) -> Tensor:
             return student(images).logits
 
-        return accuracy(fuse(predict(logits, self.data.x_test, self.data.image), self.teachers.weights.cpu()), self.data.y_test)
+        device = str(next(student.parameters()).device)
+        return accuracy(fuse(predict(logits, self.data.x_test, self.data.image, device=device), self.teachers.weights.cpu()), self.data.y_test)
 
 
 def product(federation: Federation, recipe: list[str]) -> tuple[nn.Module, float]:
@@ -130,22 +132,25 @@ def product(federation: Federation, recipe: list[str]) -> tuple[nn.Module, float
     return result.student.eval(), time.perf_counter() - started
 
 
-def plain(federation: Federation, iterations: int) -> tuple[nn.Module, float]:
-    """The plain loop with the cell's settings; seconds of its iterations."""
+def plain(federation: Federation, iterations: int, device: str) -> tuple[nn.Module, float]:
+    """The plain loop with the cell's settings, on the device that the product takes; seconds of its iterations."""
     settings: CDFKDMFSConfig = dataclasses.replace(federation.config.method_config()[1], mode="fused")
     seed, student = federation.config.seed, federation.student()
     with seeding.seeded_scope("distiller", seed):
         generator = build_generator(federation.teachers.image, settings.generator)
-    loop = PlainMFS(list(federation.teachers.nets), student, generator, settings, seeding.generator("distill", seed), federation.teachers.weights)
+    nets, weights = [net.to(device) for net in federation.teachers.nets], federation.teachers.weights.to(device)
+    loop = PlainMFS(nets, student.to(device), generator.to(device), settings, seeding.generator("distill", seed), weights)
     milestones = (iterations // 3, 2 * iterations // 3)
-    started = time.perf_counter()
-    for iteration in range(iterations):
-        factor = multistep(iteration, milestones)
-        set_rate(loop.student_optimizer, settings.student_lr * factor)
-        set_rate(loop.generator_optimizer, settings.generator_lr * factor)
-        loop.iteration()
-    seconds = time.perf_counter() - started
-    return student.eval(), seconds
+
+    def run() -> None:
+        for iteration in range(iterations):
+            factor = multistep(iteration, milestones)
+            set_rate(loop.student_optimizer, settings.student_lr * factor)
+            set_rate(loop.generator_optimizer, settings.generator_lr * factor)
+            loop.iteration()
+
+    taken = seconds(run, device)
+    return student.eval(), taken
 
 
 if __name__ == "__main__":
