@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MIN_ENTROPY = 0.5
 """Class entropy of the synthetic batch, as a fraction of ln C, below which the generator has lost classes."""
+DISTANCE = "watch/student_teacher_l1"
 MAX_GROWTH = 4.0
 """Student-teacher L1 over its smallest value so far, above which the generator outruns the student."""
 
@@ -31,11 +33,12 @@ class CollapseWatch:
         distiller: the running method.
         count: images per look; 0 turns the watch off.
         seed: of the looks.
+        history: what the epochs so far gave, of a run that goes on.
     """
 
-    def __init__(self, distiller: Distiller, count: int, seed: int) -> None:
+    def __init__(self, distiller: Distiller, count: int, seed: int, history: Iterable[Mapping[str, float]] = ()) -> None:
         self._distiller, self._count, self._seed = distiller, count, seed
-        self._smallest = math.inf
+        self._smallest = min((row[DISTANCE] for row in history if DISTANCE in row), default=math.inf)
         self._warned: set[str] = set()
 
     @torch.no_grad()
@@ -54,12 +57,12 @@ class CollapseWatch:
         mine = fuse(student, header_weights(weights, len(student)))
         classes = target.exp().mean(0)
         found = {
-            "watch/student_teacher_l1": float((mine.exp() - target.exp()).abs().sum(-1).mean()),
+            DISTANCE: float((mine.exp() - target.exp()).abs().sum(-1).mean()),
             "watch/class_entropy": float(torch.special.entr(classes).sum()),
         }
         if any(distances is not None for distances in teachers.bn):
             found["watch/bn"] = float(batch_norm_loss(teachers.bn, 1.0))
-        self._warn(epoch, found["watch/student_teacher_l1"], found["watch/class_entropy"], math.log(classes.numel()))
+        self._warn(epoch, found[DISTANCE], found["watch/class_entropy"], math.log(classes.numel()))
         return found
 
     def _warn(self, epoch: int, distance: float, entropy: float, most: float) -> None:

@@ -229,7 +229,7 @@ def saved_runtime(directory: Path) -> Runtime | None:
 def _epochs(run: _Run, engine: EngineConfig, evaluate: Evaluate | None) -> Literal["schedule", "max_seconds"]:
     """The epoch loop, from the first epoch that is not in the history."""
     distiller, total = run.distiller, run.distiller.num_epochs
-    watch, steps = CollapseWatch(distiller, engine.watch_images, run.seed), StepCounter(distiller.student)
+    watch, steps = CollapseWatch(distiller, engine.watch_images, run.seed, run.history), StepCounter(distiller.student)
     with Progress(distiller.name, total, len(run.history), enabled=engine.progress) as progress:
         while (epoch := len(run.history)) < total:
             if run.history and engine.is_over(run.seconds):  # a run that was stopped before stays stopped

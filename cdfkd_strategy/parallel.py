@@ -109,7 +109,7 @@ def check_device(device: str) -> None:
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     if size() > 1:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # a barrier would, in some versions of torch, ask NCCL for a GPU of its own
 
 
 # -- splitting batches ---------------------------------------------------------------------------------------------

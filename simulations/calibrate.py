@@ -148,6 +148,8 @@ def read_table(file: Path) -> list[dict[str, Any]]:
 
 def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
     """The rows as CSV; accuracies are fractions. A row that was read keeps its commit."""
+    if not rows:
+        raise SystemExit("there is nothing to write: --only matches no candidate, and there is no table yet")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, list(rows[0] | {"commit": ""}), lineterminator="\n")

@@ -67,6 +67,13 @@ def test_a_student_that_falls_behind_is_warned_of(distiller: CDFKDMFS, caplog: p
     assert "lower method.generator_lr or raise method.student_steps" in caplog.text
 
 
+def test_a_run_that_goes_on_remembers_how_close_the_student_was(distiller: CDFKDMFS, caplog: pytest.LogCaptureFixture) -> None:
+    watch = CollapseWatch(distiller, 16, 0, [{"watch/student_teacher_l1": value} for value in (0.4, 0.1, 0.2)] + [{"seconds": 1.0}])
+    with caplog.at_level(logging.WARNING):
+        watch._warn(4, distance=0.5, entropy=1.3, most=1.386)
+    assert "falls behind the synthetic images (distance 0.50, was 0.10)" in caplog.text
+
+
 def test_only_settings_that_the_method_has_are_advised(distiller: CDFKDMFS, caplog: pytest.LogCaptureFixture) -> None:
     distiller.config = DeepInversionConfig.toy()  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):

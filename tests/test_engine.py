@@ -297,6 +297,8 @@ def test_unknown_methods_and_devices_are_refused() -> None:
         run(cls="no_such_method")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="accepted: auto, cpu"):
         EngineConfig(device="tpu-7")
+    with pytest.raises(ConfigError, match="accepted: auto, cpu"):
+        EngineConfig(device="mps")
 
 
 class Flattening(nn.Module):

@@ -82,6 +82,30 @@ def test_it_is_the_setting_of_the_papers_and_not_of_a_federation(path: Path) -> 
             assert not value or max(value) < getattr(method, key.replace("milestones", "epochs"), getattr(method, "epochs", math.inf)), key
 
 
+@pytest.mark.parametrize(
+    ("name", "local", "distillation", "weights"),
+    [
+        ("cifar100-resnet34-resnet18", (200, 128, (80, 120)), (300, 50, 256, (100, 200)), (0.2, 5.0)),
+        ("cifar100-wrn40_2-wrn16_1", (200, 128, (80, 120)), (300, 50, 256, (100, 200)), (0.0, 5.0)),
+        ("cifar100-wrn40_2-wrn16_2", (200, 128, (80, 120)), (300, 50, 256, (100, 200)), (0.2, 5.0)),
+        ("cifar100-wrn40_2-resnet18", (200, 128, (80, 120)), (300, 50, 256, (100, 200)), (0.0, 5.0)),
+        ("cifar100-resnet18-wrn40_2", (200, 128, (80, 120)), (300, 50, 256, (100, 200)), (0.0, 5.0)),
+        ("caltech101-resnet34-resnet18", (200, 64, (80, 120)), (300, 50, 64, (100, 200)), (0.2, 5.0)),
+        ("mini_imagenet-resnet34-resnet18", (100, 64, (50, 80)), (100, 750, 64, (30, 60, 90)), (0.05, 1.0)),
+    ],
+)
+def test_cdfkd_mfs_has_the_schedules_and_weights_of_the_authors_scripts(name: str, local: Any, distillation: Any, weights: Any) -> None:
+    """Teachers: epochs, batch, milestones; distillation: epochs, iterations, batch, milestones; w_f and w_e. The rest is the same everywhere."""
+    config = resolve(str(PAPER / f"cdfkd_mfs-{name}.yaml"))
+    clients, method = config.clients, config.method_config()[1]
+    assert (clients.epochs, clients.batch_size, clients.milestones) == local
+    assert (clients.count, clients.lr, clients.momentum, clients.weight_decay, clients.augment) == (3, 0.1, 0.9, 5e-4, "crop_flip")
+    assert (method.epochs, method.iterations, method.batch_size, method.milestones) == distillation
+    assert (method.feature_weight, method.ensemble_weight) == weights
+    assert (method.mode, method.student_steps, method.generator_steps, method.bn_weight, method.first_layer_weight) == ("paper", 5, 1, 0.1, 5.0)
+    assert (method.student_lr, method.generator_lr, method.generator.latent_dim) == (0.1, 1e-3, 256)
+
+
 @every_file
 def test_its_networks_fit_together_on_the_meta_device(path: Path) -> None:
     """No memory and no arithmetic: shapes alone."""

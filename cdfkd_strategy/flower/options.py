@@ -129,6 +129,7 @@ class Options:
             found.append(f"{', '.join(OPTED_IN.values())} of every client (to the server; opted in by weights='label_counts')")
         if num_rounds > 1:
             found.append(f"from round 2 on: {'; '.join(LATER.values())} (to the server)")
+            found.append("every client's last teacher (back to the client, as which any node counts that says so and was no other client before)")
         if self.fraction_evaluate > 0:
             fitted = ATTENTION.values() if self.broadcast == "heads" else ()
             found.append(f"every client that evaluates: {'; '.join((*EVALUATED.values(), *fitted))} (to the server)")

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cdfkd_strategy import seeding
+from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError
+from cdfkd_strategy.losses.activation_regions import activation_regions
 from cdfkd_strategy.methods.spaceshipnet import SpaceshipNet, SpaceshipNetConfig
+from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.stages import with_stages
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
-from cdfkd_strategy.types import StudentOutputs
+from cdfkd_strategy.types import ImageSpec, StudentOutputs
 from tests.methods.trained_teachers import DIGITS, tiny_student, trained_ensemble
 
 SEED = "spaceshipnet test"
@@ -56,11 +60,14 @@ def walk(net: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[tup
 # -- images --------------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_of_images_equals_a_plain_reference() -> None:
-    """Two teachers with weights, two epochs: G goes on, Adam begins anew, and the features are those of the lowest loss."""
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_an_epoch_of_images_equals_a_plain_reference(augment: AugmentName) -> None:
+    """Two teachers with weights, two epochs: G goes on, Adam begins anew, the losses are those of views, and the features those of the lowest loss."""
     weights = random_weights(2)
-    distiller = build(2, teachers=trained_ensemble(2, weights), first_layer_weight=2.0, bn_weight=0.3, generator_steps=4, pool_size=32)
+    changes = {"first_layer_weight": 2.0, "bn_weight": 0.3, "generator_steps": 4, "pool_size": 32, "augment": augment}
+    distiller = build(2, teachers=trained_ensemble(2, weights), **changes)
     generator, rng = copy.deepcopy(distiller.generator).train(), seeding.generator(SEED)
+    views = RandomViews(DIGITS, augment, 1, rng)
     for epoch in range(2):
         found = distiller._synthesise()
         z = torch.randn(16, 16, generator=rng)
@@ -73,6 +80,7 @@ def test_an_epoch_of_images_equals_a_plain_reference() -> None:
                 x = module(x)
                 if index in (0, 4, 8):
                     hidden.append(x.detach().clone())
+            x = views.crop(x)
             entropy, distance = torch.zeros(()), torch.zeros(())
             for k, net in enumerate(distiller.teachers.nets):
                 logits, _, inputs = walk(net, x)
@@ -154,15 +162,17 @@ def plain_terms(student: nn.Module, nets: list[nn.Module], weights: Tensor, imag
     return [kl, scales, cams]
 
 
+@pytest.mark.parametrize("augment", ["none", "crop"])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_a_student_step_equals_a_plain_reference(heads: int) -> None:
-    """Losses, and the student after one step of SGD."""
+def test_a_student_step_equals_a_plain_reference(heads: int, augment: AugmentName) -> None:
+    """Losses on views, and the student after one step of SGD."""
     weights = random_weights(2)
-    distiller = build(2, heads=heads, teachers=trained_ensemble(2, weights), temperature=7.0, scales_weight=0.6, cam_weight=0.02, weight_decay=0.0)
+    changes = {"temperature": 7.0, "scales_weight": 0.6, "cam_weight": 0.02, "weight_decay": 0.0, "augment": augment}
+    distiller = build(2, heads=heads, teachers=trained_ensemble(2, weights), **changes)
     distiller._synthesise()
     student, rng = copy.deepcopy(distiller.student).train(), torch.Generator()
     rng.set_state(distiller.rng.get_state())
-    images = distiller._draw(16, rng)
+    images = RandomViews(DIGITS, augment, 1, rng).crop(distiller._draw(16, rng))
     distiller.student.train()
     found = distiller._student_step()
     kl, scales, cams = plain_terms(student, list(distiller.teachers.nets), weights, images, 7.0)
@@ -171,6 +181,26 @@ def test_a_student_step_equals_a_plain_reference(heads: int) -> None:
     gradients = torch.autograd.grad(kl + 0.6 * scales + 0.02 * cams, list(student.parameters()))
     for parameter, gradient, moved in zip(student.parameters(), gradients, distiller.student.parameters(), strict=True):
         torch.testing.assert_close(moved, parameter - 0.02 * gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "same"), [("resnet8", True), ("wrn16_1", False)])
+def test_the_map_of_a_class_is_that_of_the_last_layers_weights_where_only_a_mean_lies_between(name: str, same: bool) -> None:
+    """In a WideResNet BatchNorm and ReLU lie between, too; the docstring says so."""
+    image = ImageSpec(3, 32, 32, 5)
+    with seeding.seeded_scope(SEED):
+        net = build_classifier(name, image).eval()
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.normal_(part.bias, 0, 0.3)
+        images = torch.randn(4, 3, 32, 32)
+    logits, maps = with_stages(net, image)(images)
+    assert logits.requires_grad
+    classes = logits.argmax(-1)
+    area = maps[-1].shape[2] * maps[-1].shape[3]
+    mine = area * activation_regions(logits, classes, maps)[-1].detach()
+    theirs = torch.einsum("bc,bchw->bhw", net.classifier.weight[classes], maps[-1]).detach()  # type: ignore[index]
+    assert (float((mine - theirs).abs().max() / theirs.abs().max()) < 1e-5) == same
 
 
 def test_without_weight_there_are_no_regions_and_any_student_will_do() -> None:
