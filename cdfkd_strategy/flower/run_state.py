@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +111,10 @@ class RunState:
             what = "node %d was client %s and says now that it is client %s: it begins with the common initialisation, not with that client's teacher"
             logger.warning(what, node, others[0], key)
         return not others
+
+    def remember(self, asked: Mapping[str, int], known: Container[str]) -> None:
+        """Note which nodes are asked for whose teachers; of the clients before, those of whom a teacher is known are kept."""
+        self.nodes = {key: node for key, node in self.nodes.items() if key in known} | dict(asked)
 
 
 class RunDirectory:

@@ -159,7 +159,7 @@ class Session:
             contents.append((client, payload.request(arrays, config, server_round, student=brings[0], broadcast=brings[1], keys=options.keys)))
         self.clients.check_enough({*self._live(), *(client.key for client, _ in contents)}, nodes, self.state.record)
         messages = [self._message(client, content, MessageType.TRAIN) for client, content in contents]
-        self.state.nodes |= {client.key: client.node for client, _ in contents}
+        self.state.remember({client.key: client.node for client, _ in contents}, self.uploads)
         self.directory.save(self.state)
         return messages
 

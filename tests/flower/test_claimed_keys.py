@@ -38,4 +38,6 @@ def test_a_client_goes_on_with_its_teacher_and_another_one_is_not_sent_it(first_
     was_another = first_node == FIRST_NODE
     assert sent[1] == (common if was_another else before[0])
     assert sent[2] == before[2]
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["nodes"] == {"0": grid.node(1), **({"1": grid.node(1)} if was_another else {"1": FIRST_NODE + 17}), "2": grid.node(2)}
     assert ("was client 1 and says now that it is client 0" in caplog.text) == was_another
