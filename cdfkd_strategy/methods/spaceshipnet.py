@@ -28,7 +28,8 @@ authors take their map behind these, and this one is of what enters them. Its gr
 Several teachers (the paper has one) are a *reconstruction* as well: CE is weighted by w[k, y], R_BN is the plain mean. Header k imitates
 teacher k, with y' the class that teacher k sees, and the region of its logit in the shared maps; the terms are means over the
 headers. A student with one header imitates the fused ensemble, with y' its class, and the differences from the teachers' regions are
-weighted by w[k, y']. Teachers whose stages cannot be found are left out of mSARC. Stages are compared with the teacher's of the nearest
+weighted by w[k, y']. Teachers whose stages cannot be found are left out of mSARC, and the weights of the others divided by
+their sum. Stages are compared with the teacher's of the nearest
 resolution, pooled to the smaller one.
 
 Known bugs of the authors' code which are not here: one of its pools keeps a single row for all epochs, so that only the newest batch
@@ -284,12 +285,14 @@ class SpaceshipNet(Distiller):
         weights, here = self.teachers.weights, [k for k, stages in enumerate(teachers.maps) if stages]
         fused = fuse(teachers.logits.detach(), weights).argmax(-1)
         mine = activation_regions(student[0], fused, maps) if one_header else ()
+        shares = torch.stack([weights[k][fused] for k in here])
+        shares = shares / shares.sum(0).clamp_min(torch.finfo(shares.dtype).tiny)
         scales, cams = [], []
-        for k in here:
+        for position, k in enumerate(here):
             classes = fused if one_header else teachers.logits[k].detach().argmax(-1)
             own = mine if one_header else activation_regions(student[k], classes, maps)
             theirs = [region.detach() for region in activation_regions(teachers.logits[k], classes, teachers.maps[k])]
-            share = weights[k, classes] if one_header else 1 / len(here)
+            share = shares[position] if one_header else 1 / len(here)
             scales.append((share * multi_scale_difference(own, theirs)).mean())
             cams.append((share * class_activation_difference(own, theirs)).mean())
         return torch.stack(scales).sum(), torch.stack(cams).sum()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from cdfkd_strategy import seeding
 from cdfkd_strategy.data.augmentation import AugmentName, RandomViews
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError
-from cdfkd_strategy.losses.activation_regions import activation_regions
+from cdfkd_strategy.losses.activation_regions import activation_regions, multi_scale_difference
 from cdfkd_strategy.methods.spaceshipnet import SpaceshipNet, SpaceshipNetConfig
 from cdfkd_strategy.models.classifiers import build_classifier
+from cdfkd_strategy.models.head_fusion import fuse
+from cdfkd_strategy.models.multi_header import with_maps
 from cdfkd_strategy.models.stages import with_stages
 from cdfkd_strategy.runtime import Runtime
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
@@ -285,6 +287,18 @@ def test_teachers_without_stages_are_left_out_of_the_regions() -> None:
     assert "student/regions" in mixed.run_epoch(0)
     alone = build(teachers=TeacherEnsemble([Untraceable(other)], image=DIGITS))
     assert list(alone.run_epoch(0)) == ["images/cross_entropy", "images/bn", "student/kl"]
+
+
+def test_one_header_compares_regions_with_all_the_weight_of_those_teachers_that_have_them() -> None:
+    traced, other = trained_ensemble(2).nets
+    distiller = build(2, heads=1, teachers=TeacherEnsemble([traced, Untraceable(other)], random_weights(2), image=DIGITS))
+    images = torch.randn(8, *DIGITS.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    teachers = distiller.teachers.observe(images, bn=False, maps=True)
+    student, maps = with_maps(distiller.student).observe(images)
+    classes = fuse(teachers.logits.detach(), distiller.teachers.weights).argmax(-1)
+    mine, theirs = activation_regions(student.logits[0], classes, maps), activation_regions(teachers.logits[0], classes, teachers.maps[0])
+    found, _ = distiller._region_differences(student.logits, maps, teachers)
+    assert found.item() == pytest.approx(multi_scale_difference(mine, theirs).mean().item(), rel=1e-5)
 
 
 def test_two_headers_for_three_teachers_are_an_error() -> None:
