@@ -1,4 +1,4 @@
-# make demo | demo-mixed | test | lint | types | wheel | study NAME=fashion_mnist/dir0.5 SEEDS="0 1 2" | bench NAME=mnist_methods JOBS=2 | report | clean
+# make demo | demo-mixed | test | lint | types | wheel | study NAME=fashion_mnist/dir0.5 SEEDS="0 1 2" | bench NAME=mnist_methods JOBS=2 | report | speed | format | install | clean
 # Everything runs in .venv, made on first use. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3

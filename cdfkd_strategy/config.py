@@ -24,7 +24,8 @@ def bind(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         cls: a dataclass type; nested dataclass fields are bound from nested mappings.
-        values: keys are field names; missing ones take the field's default.
+        values: keys are field names; missing ones take the field's default. So do keys that are missing in the mapping for a nested dataclass: what the
+            field's own default has there.
         where: dotted prefix for error messages.
 
     Raises:
@@ -38,11 +39,24 @@ def bind(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         keys = ", ".join(f"{where}.{key}" if where else key for key in unknown)
         raise ConfigError(f"unknown key {keys}; accepted under {where or 'the top level'}: {_names(cls)}")
     hints = get_type_hints(cls)
-    bound = {key: _coerce(hints[key], value, f"{where}.{key}" if where else key) for key, value in values.items()}
+    complete = {key: _completed(value, _default(fields[key])) for key, value in values.items()}
+    bound = {key: _coerce(hints[key], value, f"{where}.{key}" if where else key) for key, value in complete.items()}
     try:
         return cls(**bound)
     except TypeError as error:
         raise ConfigError(f"{where or cls.__name__}: {error}; fields: {_names(cls)}") from error
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _completed(value: Any, default: Any) -> Any:
+    """A mapping with what a default dataclass has beside it; anything else as it is."""
+    if not isinstance(value, Mapping) or not dataclasses.is_dataclass(default):
+        return value
+    known = {field.name: getattr(default, field.name) for field in dataclasses.fields(default) if field.init}
+    return {**known, **{key: _completed(item, known.get(key)) for key, item in value.items()}}
 
 
 def _names(cls: type) -> str:

@@ -1,6 +1,7 @@
 """Try settings of a study on held-out training images, so that its test images stay unseen.
 
-    python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml {competence,distillation} [--only SUBSTRING ...] [--threads N]
+    python simulations/calibrate.py simulations/calibration/fashion_mnist.yaml {competence,distillation} [--only SUBSTRING ...] [--threads N] [--runs DIR]
+        [--results DIR]
 
 Every federation (a base and a seed; the plan's seeds are a list, or a mapping from bases to lists) is trained once.
 ``competence`` compares the scores of a grid with the oracle's weights, ``distillation`` distils every candidate. Runs are

@@ -17,6 +17,7 @@ import torch
 from cdfkd_strategy import seeding
 from cdfkd_strategy.config import bind, load_yaml, override, require, to_dict
 from cdfkd_strategy.errors import CDFKDError, ConfigError, UnknownNameError
+from cdfkd_strategy.methods import get_method
 from cdfkd_strategy.registry import Registry
 from cdfkd_strategy.types import ImageSpec, Needs
 
@@ -66,6 +67,21 @@ def test_bind_nested_and_partial() -> None:
     assert bound.inner == Inner("iid", 1.0)
     assert isinstance(bound.inner.alpha, float)
     assert bound.names == ("u", "v")
+
+
+@dataclass(frozen=True)
+class Twice:
+    outer: Outer = field(default_factory=lambda: Outer(count=7, inner=Inner("dirichlet", 0.1)))
+    plain: Inner | None = None
+
+
+def test_what_a_nested_mapping_does_not_say_is_as_in_the_fields_own_default() -> None:
+    """Half the width of a method's generator is not another generator."""
+    assert bind(Twice, {"outer": {"inner": {"alpha": 9}}}).outer == Outer(count=7, inner=Inner("dirichlet", 9.0))
+    assert bind(Twice, {"plain": {"alpha": 9}}).plain == Inner("iid", 9.0)
+    assert bind(get_method("cmi").Config, {"generator": {"width": 0.5}}).generator.output == "sigmoid"
+    with pytest.raises(ConfigError, match=r"unknown key outer\.inner\.beta"):
+        bind(Twice, {"outer": {"inner": {"beta": 1}}})
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,11 @@ def _values(run: Entry) -> dict[str, Any]:
 def markdown_table(runs: Sequence[Entry]) -> str:
     """A row per cell and method, the mean and standard deviation over its seeds, and where it was measured."""
     attention = ["by attention"] if any(run.attention is not None for run in runs) else []
+    held_out = any(run.summary["config"]["data"].get("validation_size") for run in runs)
+    judge, selected = ("training images that no client holds", "them") if held_out else ("the global test set", "test")
     head = [
-        "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", *attention, "gap", "published gap", "agreement", "best epoch (selected on test)",
-        "seconds", "student steps", "generator steps", "peak memory", "class entropy", *(extra := own_columns(runs)),
+        "cell", "method", "seeds", "teacher", "ensemble", "**last epoch**", *attention, "gap", "published gap", "agreement",
+        f"best epoch (selected on {selected})", "seconds", "student steps", "generator steps", "peak memory", "class entropy", *(extra := own_columns(runs)),
     ]  # fmt: skip
     places = {place: [run for run in runs if run.place == place] for place in dict.fromkeys(run.place for run in runs)}
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
@@ -137,10 +139,10 @@ def markdown_table(runs: Sequence[Entry]) -> str:
     machines = dict.fromkeys(machine_words(origin["hardware"], run.summary["runtime"]) for run in runs for origin in origins(run.summary))
     commits = dict.fromkeys(short_commit(origin["commit"]) for run in runs for origin in origins(run.summary))
     note = (
-        "Accuracy, gap and agreement on the global test set in %, mean ± standard deviation over seeds. Teacher: mean of the teachers; ensemble: with the "
+        f"Accuracy, gap and agreement on {judge} in %, mean ± standard deviation over seeds. Teacher: mean of the teachers; ensemble: with the "
         f"weights of the run; {'by attention: its headers fused by attention that clients fitted on images of theirs; ' if attention else ''}"
         "gap: what the last epoch lacks to the ensemble; published gap: in the method's paper, with its networks, teacher and budget; "
-        "agreement: test images to which student and ensemble give the same class. Seconds "
+        "agreement: images to which student and ensemble give the same class. Seconds "
         "without evaluation. Generator steps are all optimiser steps that are not the student's. Peak memory in MB, of a process of its own. Class entropy "
         f"(nats, at most ln C) of the ensemble's classes of {ENTROPY_IMAGES} synthetic images. Measured on {'; '.join(machines)}. Commit {', '.join(commits)}."
     )

@@ -1,4 +1,4 @@
-"""Flower's in-process simulation of one configuration: the only file that knows Ray."""
+"""Flower's in-process simulation of one configuration: the only file that starts Ray."""
 
 from __future__ import annotations
 

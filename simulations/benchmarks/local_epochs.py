@@ -1,6 +1,6 @@
 """Seconds per local epoch of a client, and of all clients of a cell, beside a bare PyTorch loop.
 
-    python simulations/benchmarks/local_epochs.py [--cell fashion_mnist/dir0.5] [--epochs 3]
+    python simulations/benchmarks/local_epochs.py [--cell fashion_mnist/dir0.5] [--epochs 3] [--repeats N]
 
 The bare loop is what a tutorial shows: a shuffling DataLoader over the client's images, default memory layout, SGD with the same
 settings, cross-entropy; with one thread, and with all of torch's. The product trains one client on one thread, and several clients in as

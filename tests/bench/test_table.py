@@ -81,6 +81,15 @@ def test_markdown_has_means_over_seeds_and_says_what_failed(runs: Path) -> None:
     assert "Failed" not in markdown_table(entries(find_results(runs / "x0")))
 
 
+def test_a_table_of_held_out_images_does_not_speak_of_the_test_set(runs: Path) -> None:
+    assert "on the global test set in %" in markdown_table(entries(find_results(runs)))
+    run(runs / "held", "held", 0, 0.8, config={"data": {"validation_size": 100}})
+    text = markdown_table(entries(find_results(runs / "held")))
+    assert "on training images that no client holds in %" in text
+    assert "best epoch (selected on them)" in text
+    assert "test" not in text
+
+
 def test_attention_over_headers_has_a_column_where_there_is_any(runs: Path) -> None:
     assert "attention" not in markdown_table(entries(find_results(runs)))
     for seed, attention in ((0, 0.75), (1, 0.5)):
