@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -210,7 +211,9 @@ def test_config_prints_what_resolves_to_the_same(capsys: pytest.CaptureFixture[s
     path.write_text(outcome.out, encoding="utf-8")
     assert to_dict(resolve(str(path))) == to_dict(resolve("digits", ["method.epochs=3"]))
     assert yaml.safe_load(outcome.out)["method"]["epochs"] == 3
-    assert "digits_mixed" in cdfkd("config", capsys=capsys).out.split()
+    names = cdfkd("config", capsys=capsys).out
+    assert "digits_mixed" in names.split()
+    assert re.search(r"for `cdfkd bench`: .*\bmnist_methods\b", names)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cdfkd_strategy.harness import Harness
 from cdfkd_strategy.methods import METHODS
 from cdfkd_strategy.offline import DISCLOSED
 from cdfkd_strategy.report import collect, find_results, markdown_report, rewrite_tables
-from cdfkd_strategy.run_config import RunConfig, config_names, resolve
+from cdfkd_strategy.run_config import RunConfig, bench_names, config_names, resolve
 from cdfkd_strategy.summary import BENCH, FILE_NAME, discloses_counts, read_summary
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,10 @@ def origin(cls: type[Distiller]) -> str:
 
 
 def config(args: argparse.Namespace) -> None:
-    """Print a resolved configuration as YAML, or the names of all."""
+    """Print a resolved configuration as YAML, or the names of all, and of the benches."""
     if args.config is None:
         print("\n".join(config_names()))
+        print(f"for `cdfkd bench`: {', '.join(bench_names())}")
         return
     resolved = resolve(args.config, args.overrides)
     print(yaml.safe_dump(to_dict(resolved), sort_keys=False, allow_unicode=True), end="")
