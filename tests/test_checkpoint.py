@@ -130,3 +130,25 @@ def test_where_a_directory_cannot_be_synced_files_are_written_all_the_same(tmp_p
     monkeypatch.setattr(os, "fsync", refusing)
     checkpoint.save_state(tmp_path / "c", {"value": torch.ones(2)})
     assert torch.equal(checkpoint.load_state(tmp_path / "c")["value"], torch.ones(2))
+
+
+def test_the_only_whole_checkpoint_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead between two renames, and dead again while the next one is written: the older one is all there is."""
+    for value in (1, 2):
+        checkpoint.save_state(tmp_path / "c", {"value": value})
+    rename = Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        if self.name == "c.new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    def dead(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for owner, name, how, value in ((Path, "rename", dying, 3), (checkpoint, "save_tensors", dead, 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, how)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save_state(tmp_path / "c", {"value": value})
+    assert checkpoint.load_state(tmp_path / "c")["value"] == 2

@@ -17,7 +17,7 @@ from cdfkd_strategy.methods.rdskd import RDSKDConfig
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.runtime import Runtime
-from cdfkd_strategy.seeding import seeded_scope
+from cdfkd_strategy.seeding import generator, seeded_scope
 from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
 from cdfkd_strategy.types import ImageSpec
 
@@ -92,3 +92,17 @@ def test_one_header_for_several_teachers_is_looked_at() -> None:
 
 def test_zero_images_turn_it_off(distiller: CDFKDMFS) -> None:
     assert CollapseWatch(distiller, 0, seed=0).look(0) == {}
+
+
+def test_what_is_watched_is_what_its_names_say(distiller: CDFKDMFS) -> None:
+    """The distance is summed over classes, the entropy that of the mean prediction, and R_BN that of all layers with weight 1."""
+    found = CollapseWatch(distiller, 16, seed=3).look(2)
+    images = distiller.sample(16, generator("watch", 3, 2))
+    assert images is not None
+    with torch.no_grad():
+        teacher, student = distiller.teachers(images)[0].softmax(-1), distiller.student.eval()(images).logits[0].softmax(-1)
+        (distances,) = distiller.teachers.observe(images).bn
+    assert found["watch/student_teacher_l1"] == pytest.approx(float((student - teacher).abs().sum()) / 16, rel=1e-5)
+    assert found["watch/class_entropy"] == pytest.approx(-sum(float(p) * math.log(float(p)) for p in teacher.mean(0)), rel=1e-5)
+    assert distances is not None
+    assert found["watch/bn"] == pytest.approx(float(distances.sum()), rel=1e-5)

@@ -158,3 +158,12 @@ def test_weights_of_share_an_unseen_class_equally() -> None:
 def test_teachers_that_are_not_live_have_no_weight() -> None:
     weights = weights_of(torch.tensor([[3, 0, 1], [1, 0, 0], [5, 7, 9]]), [True, True, False])
     assert torch.allclose(weights, torch.tensor([[0.75, 0.5, 1.0], [0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_features_are_those_of_the_last_layer_that_is_as_wide_as_the_classifiers_input() -> None:
+    first, last, linear = nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Linear(2, 2)
+    for layer, bias in ((first, [5.0, 5.0]), (last, [1.0, -1.0])):
+        nn.init.zeros_(layer.weight)
+        layer.bias.data.copy_(torch.tensor(bias))
+    expected = linear(torch.tensor([1.0, 0.0])).softmax(-1)
+    torch.testing.assert_close(competence.norm_feature_score(nn.Sequential(first, last, linear), 1, generator("test")), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import random
 from collections import deque
@@ -388,3 +389,45 @@ def test_a_device_that_is_gone_can_only_be_replaced_by_a_named_one(monkeypatch: 
     with caplog.at_level(logging.INFO):
         assert EngineConfig(threads=5).continued(here) is here
     assert not caplog.text
+
+
+def test_resume_with_other_class_weights_another_student_or_method_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    teachers, student = parts()
+    engine = EngineConfig(device="cpu", progress=False)
+    skewed = TeacherEnsemble(list(teachers.nets), torch.tensor([[1.0, 2, 3], [4.0, 3, 2]]), image=IMAGE)
+    with pytest.raises(CheckpointError, match="with another weights"):
+        distill(skewed, student, NoiseDistiller, out=tmp_path, resume=True, engine=engine)
+    with pytest.raises(CheckpointError, match="with another student"):
+        distill(teachers, MultiHeaderStudent("lenet", 2, IMAGE), NoiseDistiller, out=tmp_path, resume=True, engine=engine)
+    with pytest.raises(CheckpointError, match="with another method"):
+        run(tmp_path, cls=ChangingDistiller, resume=True)
+
+
+def test_checkpoints_come_as_often_as_they_should_and_a_resumed_run_repeats_what_they_do_not_have(tmp_path: Path) -> None:
+    """Dead in the fourth epoch with a checkpoint every two: the third is computed again."""
+    every_other = {"checkpoint_every": 2}
+    whole = run(tmp_path / "whole", config=NoiseConfig(epochs=5), engine=every_other)
+    deaths = iter([False, False, False, True])
+
+    def die(*_: object) -> dict[str, float]:
+        if next(deaths, False):
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", config=NoiseConfig(epochs=5), engine={**every_other, "evaluate_every": 1}, evaluate=die)
+    assert len(load_state(tmp_path / "run" / "checkpoint")["history"]) == 2
+    resumed = run(tmp_path / "run", config=NoiseConfig(epochs=5), engine=every_other, resume=True)
+    assert same(resumed.student, whole.student)
+    assert [row["student/l1"] for row in resumed.history] == [row["student/l1"] for row in whole.history]
+    with (tmp_path / "run" / "losses.csv").open() as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file)] == [0, 1, 2, 3, 4]
+
+
+def test_max_seconds_counts_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("cdfkd_strategy.engine.time.perf_counter", lambda: float(next(clock)))
+    result = run(config=NoiseConfig(epochs=6), engine={"max_seconds": 2.5})
+    assert [row["seconds"] for row in result.history] == [1.0] * 3
+    assert result.stopped_by == "max_seconds"

@@ -131,6 +131,12 @@ def test_every_accuracy_equals_a_plain_computation(data: ImageData, config: RunC
         "student_attention": right((alpha * heads).sum(0).argmax(-1)),
     }
     assert {key: found[key] for key in expected} == expected
+    examination = Harness(config, data).examine(teachers, student)
+    merged, together = plain_fuse(heads, estimated), plain_fuse(logits, estimated)
+    assert examination.agreement == float((merged == together).mean())
+    assert examination.agreement != float((merged == plain_fuse(logits, np.full((CLIENTS, C), 1 / CLIENTS))).mean())
+    assert examination.confusion is not None
+    assert examination.confusion.tolist() == [[int(((labels == true) & (merged == said)).sum()) for said in range(C)] for true in range(C)]
     rows = {found[f"ensemble_{name}"] for name in ("uniform", "estimated", "oracle")}
     assert len(rows) > 1, "the three ensembles are the same here: the test cannot tell them apart"
 

@@ -420,6 +420,20 @@ def test_it_says_whether_an_epoch_depends_on_the_generator_that_it_starts_from(c
 
 
 @every_method
+def test_an_epoch_trains_in_whatever_mode_it_finds_the_student(cls: type[Distiller]) -> None:
+    """An evaluation leaves it in eval mode, and so does the round before."""
+    found = []
+    for training in (True, False):
+        distiller = build(cls, 1)
+        with distiller.runtime.scope():
+            for epoch in range(distiller.num_epochs):
+                distiller.student.train(training)
+                distiller.run_epoch(epoch)
+        found.append(copy.deepcopy(distiller.student.state_dict()))
+    assert same(*found)
+
+
+@every_method
 @every_device
 def test_randomness_comes_from_the_passed_generator_only(cls: type[Distiller], device: str) -> None:
     finals = []

@@ -114,3 +114,14 @@ def test_the_state_goes_on_exactly() -> None:
 def test_recipes_that_cannot_work_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"method\.batches\.{setting} is {value}; accepted: "):
         BatchRecipe(**{setting: value})  # type: ignore[arg-type]
+
+
+def test_the_average_is_sampled_in_train_mode_as_the_generator_is() -> None:
+    """Its images are standardised over their batch, whatever its running statistics are."""
+    generator = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16, affine=False), nn.Unflatten(1, (1, 4, 4)))
+    generator.latent_dim = 3  # type: ignore[assignment]
+    generator[1].running_mean.fill_(5.0)  # type: ignore[union-attr, operator]
+    averaged = batches(generator, average=0.5)
+    averaged.averaged.eval()  # type: ignore[union-attr]
+    images = averaged.next(torch.Generator().manual_seed(0))
+    assert images[SIZE // 2 :].mean(0).abs().max() < 1e-5

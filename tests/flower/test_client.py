@@ -6,13 +6,17 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
+from cdfkd_strategy import seeding
 from cdfkd_strategy.data.client_share import client_share
 from cdfkd_strategy.data.datasets import load_data
+from cdfkd_strategy.flower import payload
 from cdfkd_strategy.flower.apps import make_client_app, serve
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
-from cdfkd_strategy.local_training import train_all
+from cdfkd_strategy.local_training import initial_model, train_all, train_teacher
+from cdfkd_strategy.local_training.attention import fit_attention
 from cdfkd_strategy.metrics.accuracy import accuracy, predict
-from cdfkd_strategy.models.head_fusion import FusedStudent
+from cdfkd_strategy.models.head_fusion import FusedStudent, fit_head_attention
+from cdfkd_strategy.models.multi_header import MultiHeaderStudent
 from cdfkd_strategy.teachers import state_hash
 from tests.flower.memory_grid import MemoryGrid, project_grid, tiny_config
 
@@ -138,3 +142,39 @@ def good_arrays() -> ArrayRecord:
 
     config = tiny_config()
     return ArrayRecord(initial_model("lenet_bn", load_data(config.data, config.seed).image, config.seed).state_dict())
+
+
+def test_what_clients_train_in_a_later_round_is_what_they_were_sent_and_no_more() -> None:
+    """The weights, the student fused with its class weights, and the order and augmentation of that round."""
+    config = tiny_config(clients={"augment": "crop_flip"}, server={"rounds": 2, "node_wait": 0.2, "fraction_evaluate": 0.0})
+    grid = project_grid(config)
+    strategy = serve(grid, config, None, resume=False)
+    assert strategy.teachers is not None
+    data = load_data(config.data, config.seed)
+    for k, content in enumerate(grid.contents("train")[3:]):
+        model = initial_model("lenet_bn", data.image, config.seed)
+        model.load_state_dict(content["arrays"].to_torch_state_dict())
+        broadcast = payload.read_broadcast(payload.config_of(content))
+        assert broadcast is not None
+        student = broadcast.spec.build()
+        student.load_state_dict(content["student"].to_torch_state_dict())
+        fused = FusedStudent(student, torch.tensor(broadcast.weights))
+        share = client_share(data, config.data, 3, k, config.seed)
+        train_teacher(model, share, image=data.image, config=config.clients, seed=config.seed, partition_id=k, round=2, student=fused)
+        assert state_hash(model.state_dict()) == strategy.teachers.specs[k].sha256
+
+
+def test_attention_is_fitted_on_images_with_their_own_labels() -> None:
+    config = tiny_config()
+    data = load_data(config.data, config.seed)
+    share, seed = client_share(data, config.data, 3, 1, config.seed), (0, 1, 2)
+    with seeding.seeded_scope("attention test"):
+        student = MultiHeaderStudent("lenet_bn", 2, data.image).eval()
+    found = fit_attention(student, share, image=data.image, samples=20, seed=0, partition_id=1, round=2)
+    rows = seeding.numpy_rng("attention", *seed).permutation(len(share.x_train))[:20]
+    images, labels = data.image.normalise(share.x_train[rows].float() / 255), share.y_train[rows]
+    with seeding.threads(1):
+        expected = fit_head_attention(student, images, labels, rng=seeding.generator("attention", *seed))
+    assert found is not None
+    assert found.num_examples == 20
+    assert found.weight == tuple(expected.score.weight.double().flatten().tolist())

@@ -141,7 +141,10 @@ def test_a_kept_generator_survives_a_restart(tmp_path: Path, moments: Moments, m
     steps = [number for number, moment in enumerate(moments.passed, 1) if moment == "after student_step"]
     second = steps[len(steps) // 2]  # before the second round's first checkpoint
     last = len(moments.passed) - moments.passed[::-1].index("before save_student")
-    for number in (second, last):
+    checkpoints = [number for number, moment in enumerate(moments.passed, 1) if moment == "after checkpoint"]
+    between = checkpoints[len(checkpoints) // 2]  # the second round's first one
+    assert second < between < checkpoints[-1] < last
+    for number in (second, between, last):
         moments.arm(number)
         with pytest.raises(Killed):
             start(tmp_path / str(number), keep_generator=True)
@@ -539,3 +542,12 @@ def test_an_upload_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monke
     uploads.put(Upload("0", "lenet", 5, 1, state_hash(state), 24, True, True), state)
     assert synced
     assert torch.equal(Uploads(tmp_path).load("0")["weight"], state["weight"])
+
+
+def test_every_round_has_a_seed_of_its_own_and_the_first_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    original = distillation.distill
+    monkeypatch.setattr(distillation, "distill", lambda *given, **named: (seeds.append(named["seed"]), original(*given, **named))[1])
+    start(None, seed=5, rounds=3)
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cdfkd_strategy.distiller import METHODS, Distiller
 from cdfkd_strategy.errors import ArchitectureError, ConfigError, NeedsError, TooFewTeachersError
 from cdfkd_strategy.flower.apps import serve
+from cdfkd_strategy.flower.distillation import student_for
 from cdfkd_strategy.flower.strategy import CDFKDStrategy
 from cdfkd_strategy.models.classifiers import build_classifier
 from cdfkd_strategy.student_io import load_student
-from cdfkd_strategy.teachers import state_hash
+from cdfkd_strategy.teachers import TeacherEnsemble, state_hash
 from cdfkd_strategy.types import Needs
 from tests.flower.memory_grid import FIRST_NODE, IMAGE, TINY, MemoryGrid, echo_app, project_grid, tiny_config, tiny_strategy
 
@@ -40,9 +41,11 @@ def raising(state: dict[str, torch.Tensor]) -> None:
     raise RuntimeError("no such disk")
 
 
-def run(apps: list[ClientApp], rounds: int = 1, grid: dict[str, Any] | None = None, **choices: Any) -> tuple[CDFKDStrategy, MemoryGrid, Any]:
+def run(
+    apps: list[ClientApp], rounds: int = 1, grid: dict[str, Any] | None = None, evaluate_fn: Any = None, **choices: Any
+) -> tuple[CDFKDStrategy, MemoryGrid, Any]:
     strategy, nodes = tiny_strategy(**choices), MemoryGrid(apps, **(grid or {}))
-    result = strategy.start(nodes, ArrayRecord(), num_rounds=rounds, timeout=5)
+    result = strategy.start(nodes, ArrayRecord(), num_rounds=rounds, timeout=5, evaluate_fn=evaluate_fn)
     return strategy, nodes, result
 
 
@@ -233,6 +236,20 @@ def test_a_client_that_joins_later_gets_a_new_header_and_the_others_keep_theirs(
     assert strategy.student.heads == 3
 
 
+def test_a_student_that_grows_is_the_one_of_the_round_before() -> None:
+    strategy, _, _ = run([echo_app(teacher={"arch": "lenet"})] * 2)
+    previous, teachers = strategy.student, strategy.teachers
+    assert previous is not None
+    assert teachers is not None
+    three = TeacherEnsemble([*teachers.nets, teachers.nets[0]], image=IMAGE)
+    assert student_for(strategy.options, previous, teachers, 2) is previous
+    grown = student_for(strategy.options, previous, three, 2)
+    assert grown.heads == 3
+    kept = grown.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in previous.state_dict().items())
+    assert {name.split(".")[1] for name in kept.keys() - previous.state_dict().keys()} == {"2"}
+
+
 def test_an_expired_slot_that_nobody_needs_has_no_weight() -> None:
     strategy, grid = tiny_strategy(max_teacher_age=0, fraction_evaluate=0.0), MemoryGrid([echo_app(teacher={"arch": "lenet"})] * 2)
     weights = []
@@ -247,13 +264,19 @@ def test_an_expired_slot_that_nobody_needs_has_no_weight() -> None:
 
 
 def test_later_rounds_start_from_each_clients_own_teacher_and_bring_the_student() -> None:
-    strategy, grid, _ = run([echo_app(teacher={"arch": "lenet"})] * 2 + [echo_app(teacher={"arch": "lenet_bn"})], rounds=2, architectures=("lenet", "lenet_bn"))
+    students: list[dict[str, bytes]] = []
+
+    def evaluate(number: int, arrays: ArrayRecord) -> None:
+        students.append({key: array.data for key, array in arrays.items()})
+
+    apps = [echo_app(teacher={"arch": "lenet"})] * 2 + [echo_app(teacher={"arch": "lenet_bn"})]
+    strategy, grid, _ = run(apps, rounds=2, architectures=("lenet", "lenet_bn"), evaluate_fn=evaluate)
     first, second = grid.contents("train")[:3], grid.contents("train")[3:]
     assert first[0]["arrays"] == first[1]["arrays"]  # the common initialisation
     assert set(first[2]["arrays"]) > set(first[0]["arrays"])  # another architecture
     assert second[0]["arrays"] != second[1]["arrays"]
     assert all("student" not in content for content in first)
-    assert all({key: array.numpy().shape for key, array in content["student"].items()} for content in second)
+    assert all({key: array.data for key, array in content["student"].items()} == students[0] for content in second)
     assert [content["config"]["server-round"] for content in first + second] == [1, 1, 1, 2, 2, 2]
     assert all('"heads": 3' in content["config"]["student-spec"] for content in second)
     assert strategy.session.uploads["2"].arch == "lenet_bn"
