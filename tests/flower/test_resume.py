@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import nn
 
 from cdfkd_strategy import cli, seeding
+from cdfkd_strategy.checkpoint import load_state, save_state
 from cdfkd_strategy.errors import CheckpointError
 from cdfkd_strategy.flower import distillation, session
 from cdfkd_strategy.flower.apps import serve
@@ -551,3 +552,38 @@ def test_every_round_has_a_seed_of_its_own_and_the_first_that_of_the_run(monkeyp
     start(None, seed=5, rounds=3)
     assert seeds[0] == 5
     assert len(set(seeds)) == 3
+
+
+def test_seconds_of_epochs_before_a_restart_are_counted(tmp_path: Path, moments: Moments) -> None:
+    moments.passed.clear()
+    start(tmp_path / "whole", rounds=1)
+    moments.arm(moments.passed.index("after checkpoint") + 1)
+    with pytest.raises(Killed):
+        start(tmp_path / "run", rounds=1)
+    moments.arm(None)
+    state = load_state(tmp_path / "run" / "checkpoint")
+    state["history"][0]["seconds"] = 1000.0
+    save_state(tmp_path / "run" / "checkpoint", state)
+    strategy, _, _ = start(tmp_path / "run", resume=True, rounds=1)
+    assert strategy.rounds[0].seconds["distill"] > 1000.0
+
+
+def test_a_client_that_has_a_teacher_in_this_round_cannot_replace_it_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes are not asked who they are here, so that only the reply says that it is client 0 once more."""
+    put = Uploads.put
+
+    def put_and_die(self: Uploads, upload: Upload, state: dict[str, torch.Tensor]) -> None:
+        put(self, upload, state)
+        raise Killed
+
+    choices = {"run_dir": tmp_path, "identify": False, "fraction_evaluate": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "put", put_and_die)
+        with pytest.raises(Killed):
+            tiny_strategy(**choices).start(MemoryGrid([echo_app(teacher={"arch": "lenet"})] * 2), num_rounds=1, timeout=5)
+    stored = json.loads((tmp_path / "uploads" / "0.json").read_text())["sha256"]
+    strategy = tiny_strategy(**choices, resume=True)
+    strategy.start(MemoryGrid([echo_app(teacher={"arch": "lenet"}, noise=0.2)] * 2, first_node=5 * FIRST_NODE), num_rounds=1, timeout=5)
+    assert json.loads((tmp_path / "uploads" / "0.json").read_text())["sha256"] == stored
+    assert list(strategy.rounds[0].quarantined.values()) == ["it has uploaded a teacher in this round already"]
+    assert [spec.key for spec in strategy.teachers.specs] == ["0", "1"]  # type: ignore[union-attr]
