@@ -66,6 +66,7 @@ class DenseLike(Distiller):
     """DENSE's schedule (https://arxiv.org/abs/2112.12371); see the module's docstring."""
 
     name = "dense_like"
+    generator_lasts = False
     Config = DenseLikeConfig
     needs = Needs(batch_norm=True)
     config: DenseLikeConfig
