@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 MIN_ENTROPY = 0.5
 """Class entropy of the synthetic batch, as a fraction of ln C, below which the generator has lost classes."""
 DISTANCE = "watch/student_teacher_l1"
+"""The term in which the watch keeps the L1 distance of student and teachers."""
 MAX_GROWTH = 4.0
 """Student-teacher L1 over its smallest value so far, above which the generator outruns the student."""
 
