@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cdfkd_strategy import cli, offline
-from cdfkd_strategy.checkpoint import save_tensors
+from cdfkd_strategy.checkpoint import load_state, save_state, save_tensors
 from cdfkd_strategy.competence import weights_of
 from cdfkd_strategy.config import bind, to_dict
 from cdfkd_strategy.data.datasets import load_data
@@ -213,6 +213,17 @@ def test_class_weights_and_first_student_are_computed_where_the_run_began(teache
     assert seen == [("estimate", 2), ("chosen_student", 2)] * 2
     assert (read_summary(out)["stopped_by"], read_summary(out)["runtime"]["threads"]) == ("schedule", 2)
     assert torch.get_num_threads() == 1
+
+
+def test_seconds_of_epochs_before_a_restart_count(teachers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["method.epochs=2", "engine.max_seconds=0"]
+    offline.distill_directory(offline.plan(teachers, settings), out)
+    state = load_state(out / "checkpoint")
+    state["history"][0]["seconds"] = 1000.0
+    save_state(out / "checkpoint", state)
+    offline.distill_directory(offline.plan(teachers, ["method.epochs=2"]), out, resume=True)
+    assert 1000 < read_summary(out)["rounds"][0]["seconds"]["distill"] < 1100
 
 
 # -- label counts ------------------------------------------------------------------------------------------------
