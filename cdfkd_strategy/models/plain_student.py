@@ -43,7 +43,7 @@ class PlainStudent(nn.Module):
         self.net = build_classifier(backbone, image)
         if final_linear(self.net, image.num_classes) is None:
             raise ArchitectureError(f"{backbone!r} does not end in a linear layer that gives {image.num_classes} classes; choose another backbone")
-        self._staged: tuple[StagedClassifier, ...] = ()  # found when asked for; in a tuple, because its modules are those of `net`
+        self._staged: dict[bool, StagedClassifier] = {}  # by mode, found when asked for; in a dict, because its modules are those of `net`
 
     @property
     def linear(self) -> nn.Linear:
@@ -67,12 +67,12 @@ class PlainStudent(nn.Module):
         """What `forward` gives, and the maps of the network's stages ``[B, channels_s, H_s, W_s]`` as they were computed, finest first.
 
         Raises:
-            ArchitectureError: the network has no stages.
+            ArchitectureError: the network has no stages, or others in train mode.
         """
-        if not self._staged:
-            self._staged = (with_stages(self.net, self.image),)
+        if self.net.training not in self._staged:
+            self._staged[self.net.training] = with_stages(self.net, self.image)
         with self._features() as seen:
-            logits, maps = self._staged[0](x)
+            logits, maps = self._staged[self.net.training](x)
         return StudentOutputs(full(logits)[None], full(seen[-1])[None]), tuple(maps)
 
     @contextmanager

@@ -129,7 +129,9 @@ def find_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = MAX_S
 
 
 def with_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = MAX_STAGES) -> StagedClassifier:
-    """A classifier in eval mode with the maps of its stages, the same as those of `find_stages`, in one forward pass.
+    """A classifier with the maps of its stages, the same as those of `find_stages`, in one forward pass.
+
+    It computes what the classifier computes in the mode that it is in now, functional dropout too: ask again after ``train()`` or ``eval()``.
 
     Args:
         classifier: a network that `torch.fx` can trace; it is not changed, and its modules are shared.
@@ -137,16 +139,22 @@ def with_stages(classifier: nn.Module, image: ImageSpec, max_stages: int = MAX_S
         max_stages: the deepest ones are kept.
 
     Raises:
-        ArchitectureError: as `find_stages`.
+        ArchitectureError: as `find_stages`, or in train mode the network has no such maps.
     """
     graph = _trace(classifier, training=False)
     shapes = _probe(classifier, graph, image)
     nodes = _stage_nodes(classifier, graph, shapes)[-max_stages:]
+    found = tuple(shapes[node][1:] for node in nodes)
+    if classifier.training:
+        graph = _trace(classifier, training=True)
+        nodes = _named(graph, [node.name for node in nodes])
+        if len(nodes) < len(found):
+            raise ArchitectureError(f"{type(classifier).__name__} has other stages in train mode (self.training is read in forward)")
     (end,) = (node for node in graph.nodes if node.op == "output")
     end.args = ((end.args[0], *nodes),)
     net = fx.GraphModule(classifier, graph, class_name=f"Staged{type(classifier).__name__}")
     copy_modes(classifier, net)
-    return StagedClassifier(net, tuple(shapes[node][1:] for node in nodes))
+    return StagedClassifier(net, found)
 
 
 def _trace(classifier: nn.Module, *, training: bool) -> fx.Graph:
@@ -246,8 +254,7 @@ def _before_pre_activation(node: fx.Node, modules: dict[str, nn.Module]) -> fx.N
 
 def _cut(graph: fx.Graph, names: list[str]) -> fx.Graph:
     """Let the graph return the named nodes, and drop in place whatever they are not computed from."""
-    nodes = {node.name: node for node in graph.nodes}
-    outputs = [nodes[name] for name in names if name in nodes]
+    outputs = _named(graph, names)
     needed, waiting = set(), list(outputs)
     while waiting:
         node = waiting.pop()
@@ -259,3 +266,9 @@ def _cut(graph: fx.Graph, names: list[str]) -> fx.Graph:
             graph.erase_node(node)
     graph.output(outputs)
     return graph
+
+
+def _named(graph: fx.Graph, names: list[str]) -> list[fx.Node]:
+    """The nodes of these names, in their order; those that the graph lacks are left out."""
+    nodes = {node.name: node for node in graph.nodes}
+    return [nodes[name] for name in names if name in nodes]

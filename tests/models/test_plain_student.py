@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cdfkd_strategy.errors import ArchitectureError, ConfigError
 from cdfkd_strategy.models.classifiers import build_classifier
@@ -95,3 +96,18 @@ def test_a_network_without_a_linear_classifier_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr("cdfkd_strategy.models.plain_student.build_classifier", lambda *_: squeeze)
     with pytest.raises(ArchitectureError, match="'squeezenet' does not end in a linear layer that gives 10 classes"):
         PlainStudent("squeezenet", IMAGE)
+
+
+def test_functional_dropout_is_not_lost_where_maps_are_asked_for(student: PlainStudent, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = student.net
+    hidden = net.hidden
+    monkeypatch.setattr(type(net), "forward", lambda self, x: self.classifier(F.dropout(hidden(self.features(x).flatten(1)), training=self.training)))
+    images = torch.randn(4, *IMAGE.shape)
+    for training in (True, False, True):
+        student.train(training)
+        with seeded_scope("dropped"):
+            plain = student(images)
+        with seeded_scope("dropped"):
+            observed, _ = student.observe(images)
+        assert torch.equal(observed.logits, plain.logits)
+        assert torch.equal(student.observe(images)[0].logits, student.observe(images)[0].logits) is not training

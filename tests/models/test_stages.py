@@ -212,3 +212,31 @@ def test_a_staged_classifier_shares_its_modules_and_lets_gradients_through():
     assert torch.allclose(maps[-1].mean((2, 3)), seen[0], atol=1e-6)
     (gradient,) = torch.autograd.grad(maps[0].square().sum(), x)
     assert gradient.abs().sum() > 0
+
+
+class DropsBeforeItsClassifier(nn.Module):
+    def __init__(self, *, other_maps: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3, padding=1)
+        self.other = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+        self.other_maps = other_maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.other(x) if self.training and self.other_maps else self.body(x)
+        return self.head(F.dropout(maps.mean((2, 3)), training=self.training))
+
+
+def test_a_staged_classifier_computes_what_the_classifiers_mode_computes():
+    model, x = DropsBeforeItsClassifier(), torch.randn(4, 3, 32, 32)
+    training, evaluating = with_stages(model.train(), COLOUR), with_stages(model.eval(), COLOUR)
+    assert not torch.equal(training(x)[0], training(x)[0]), "functional dropout is lost"
+    assert torch.equal(evaluating(x)[0], model(x))
+    assert torch.equal(training(x)[1][0], evaluating(x)[1][0])
+
+
+def test_a_network_with_other_maps_in_train_mode_is_a_clear_error():
+    model = DropsBeforeItsClassifier(other_maps=True)
+    with pytest.raises(ArchitectureError, match="other stages in train mode"):
+        with_stages(model.train(), COLOUR)
+    assert with_stages(model.eval(), COLOUR).shapes == ((8, 32, 32),)
