@@ -177,7 +177,8 @@ class CDFKDMFS(Distiller):
         self.generator = runtime.place(build_generator(image, config.generator))
         at_once = self.teachers_at_once(config, len(teachers))
         self.student_draw, self.generator_draw = TeacherDraw(teachers.weights, at_once), TeacherDraw(teachers.weights, at_once)
-        self.batches = SyntheticBatches(self.generator, config.batches, config.batch_size, image, runtime)
+        wanted = config.feature_weight > 0
+        self.batches = SyntheticBatches(self.generator, config.batches, config.batch_size, len(teachers), runtime, features=wanted)
         self.student_optimizer = _student_optimizer(config, student)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr, fused=True)
 
@@ -227,18 +228,18 @@ class CDFKDMFS(Distiller):
         z = self.runtime.normal(self.config.batch_size, self.config.generator.latent_dim, rng=self.rng)
         return self.runtime.images(self.generator(z))
 
-    def _participants(self, draw: TeacherDraw) -> tuple[TeacherEnsemble, MultiHeaderStudent]:
+    def _participants(self, draw: TeacherDraw) -> tuple[list[int], TeacherEnsemble, MultiHeaderStudent]:
         """The teachers of a step, and the student with their headers. Student and generator have turns of their own, so that none is left out of either."""
         chosen = draw.next(self.rng)
-        return self.teachers.drawn(chosen), self.student.only(chosen)
+        return chosen, self.teachers.drawn(chosen), self.student.only(chosen)
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
         """New images for the student, with those who take part and what the teachers say."""
-        ensemble, headers = self._participants(self.student_draw)
+        chosen, ensemble, headers = self._participants(self.student_draw)
         with self.runtime.autocast():
-            images = self.batches.next(self.rng)
-            return Batch(images, ensemble.observe(images, bn=False), ensemble.weights, headers)
+            images, answers = self.batches.next(lambda fresh: ensemble.observe(fresh, bn=False), chosen, self.rng)
+        return Batch(images, answers, ensemble.weights, headers)
 
     def student_step(self, batch: Batch | None = None) -> LossTerms:
         """One step of the student on a batch, a new one if none is given; gives the terms of L_S."""
@@ -253,7 +254,7 @@ class CDFKDMFS(Distiller):
 
     def generator_step(self) -> LossTerms:
         """One step of the generator; gives the terms of L_G."""
-        ensemble, headers = self._participants(self.generator_draw)
+        _, ensemble, headers = self._participants(self.generator_draw)
         with self.runtime.autocast():
             images = self._draw()
             teachers = ensemble.observe(images, bn=self.config.bn_weight > 0)
